@@ -1,0 +1,1 @@
+"""Part 0: the ideas that every other family stands on."""

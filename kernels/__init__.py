@@ -1,0 +1,1 @@
+"""Triton kernels by operation (installed as `corelib.kernels`)."""

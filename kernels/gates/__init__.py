@@ -1,0 +1,1 @@
+"""The three gates that check a kernel without a GPU."""
