@@ -5,7 +5,8 @@ must not be the process that interprets. `Interpreter` owns a worker whose envir
 ``TRITON_INTERPRET=1``; tensors travel to it and back through a pipe.
 
 >>> with Interpreter() as interpreter:
-...     out = interpreter.call("corelib.kernels.flash_attention:flash_attention", q, k, v, causal=True)
+...     flash = "corelib.kernels.flash_attention:flash_attention"
+...     out = interpreter.call(flash, q, k, v, causal=True)
 
 The interpreter does not support bfloat16 (dots are silently wrong) and runs programs one after
 another, so that races stay hidden: it shows that the arithmetic and the masks are right, no more.
