@@ -55,6 +55,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if hasattr(item.parent, "skip_compare"):  # a cell of a lab, run by nbval
             item.parent.skip_compare += ("text/html", "image/svg+xml")
+        for marker in item.iter_markers("method"):
+            item.user_properties += [("method", slug) for slug in marker.args]
 
 
 class _Recorder:
@@ -67,6 +69,10 @@ class _Recorder:
     def pytest_runtest_logreport(self, report):
         test = self.tests.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0})
         test["seconds"] = round(test["seconds"] + report.duration, 3)
+        if report.when == "call":  # without shared set-up: what the test itself costs
+            test["call"] = round(report.duration, 3)
+        if slugs := [slug for name, slug in report.user_properties if name == "method"]:
+            test["methods"] = slugs
         if report.outcome != "passed":
             test["outcome"] = report.outcome
 
