@@ -9,18 +9,22 @@ must not be the process that interprets. `Interpreter` owns a worker whose envir
 ...     out = interpreter.call(flash, q, k, v, causal=True)
 
 The interpreter does not support bfloat16 (dots are silently wrong) and runs programs one after
-another, so that races stay hidden: it shows that the arithmetic and the masks are right, no more.
+another, so that the values never show a race: it shows that the arithmetic and the masks are right,
+no more. (`corelib.kernels.gates.memory` looks for the commonest races by address.)
 """
 
 from __future__ import annotations
 
 import atexit
 import importlib
+import importlib.util
 import os
+import pathlib
 import pickle
 import subprocess
 import sys
 import traceback
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,6 +34,28 @@ _WORKER = "from corelib.kernels.gates.interpreter import _serve; _serve()"
 
 class KernelError(RuntimeError):
     """The worker's own traceback, raised where the call was made."""
+
+
+class Native:
+    """The same ``call`` on this machine's GPU: nothing is interpreted, `gpu_check` uses it."""
+
+    def call(self, target: str, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _moved(args, "cuda"), _moved(kwargs, "cuda")
+        return _moved(_detached(resolve(target)(*args, **kwargs)), "cpu")
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> Native:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def kernel_runner() -> Interpreter | Native:
+    """What the tests run kernels with: the interpreter, or the GPU inside `gpu_check`."""
+    return Native() if os.environ.get("CORELIB_KERNELS") == "native" else Interpreter()
 
 
 class Interpreter:
@@ -73,23 +99,53 @@ class Interpreter:
         self.close()
 
 
+def interpreting() -> bool:
+    """Whether Triton kernels of this very process are interpreted."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.knobs.runtime.interpret)
+
+
 def resolve(target: str) -> Any:
-    """``"package.module:name"`` -> the object."""
-    module, _, name = target.partition(":")
-    found = importlib.import_module(module)
+    """``"package.module:name"`` or ``"path/to/file.py:name"`` -> the object."""
+    module, _, name = target.rpartition(":")
+    found: Any = load_file(module) if module.endswith(".py") else importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
     return found
 
 
-def _detached(value: Any) -> Any:
+def load_file(path: str) -> ModuleType:
+    """Import a file by its path, once; a test file can so hold the function that a worker calls."""
+    name = "_loaded_" + pathlib.Path(path).resolve().as_posix().replace("/", "_")[:-3]
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def _mapped(function: Any, value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.detach().clone()
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*(_mapped(function, item) for item in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(map(_detached, value))
+        return type(value)(_mapped(function, item) for item in value)
     if isinstance(value, dict):
-        return {name: _detached(item) for name, item in value.items()}
+        return {name: _mapped(function, item) for name, item in value.items()}
     return value
+
+
+def _detached(value: Any) -> Any:
+    return _mapped(lambda tensor: tensor.detach().clone(), value)
+
+
+def _moved(value: Any, device: str) -> Any:
+    return _mapped(lambda tensor: tensor.to(device), value)
 
 
 def _serve() -> None:

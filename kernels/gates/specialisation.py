@@ -60,9 +60,7 @@ class Specialisation:
 
     def __post_init__(self):
         if self.direction not in ("forward", "backward"):
-            raise ValueError(
-                f"direction: expected 'forward' or 'backward', got {self.direction!r} ({self.label})"
-            )
+            raise ValueError(f"direction: expected forward or backward, got {self.direction!r}")
         both = set(self.signature) & set(self.constexprs)
         if both:
             raise ValueError(f"constexprs: also in signature: {sorted(both)} ({self.label})")
