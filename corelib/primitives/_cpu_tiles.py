@@ -1,0 +1,120 @@
+"""Band attention in tiles: O(rows * window) on PyTorch's CPU flash kernel.
+
+Row ``i`` of a band sees the keys ``i`` to ``i + m - n`` of ``m`` keys, for ``n`` rows. A tile is a
+block of ``c`` consecutive rows with the ``c + m - n`` keys that any of them sees. All tiles share
+one additive mask, and neighbouring tiles overlap in their keys, so that the tiles of ``k`` and
+``v`` are views: nothing is copied, and one kernel call runs many tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ._flash import backward_op, forward_op
+
+FORWARD_ROWS = 64  # rows of a tile: few waste less of the mask, many multiply faster
+BACKWARD_ROWS = 256
+GRADIENT_NUMBERS = 1 << 21  # bounds the numbers in the overlapping key gradients of one call
+
+
+def band_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``q (B, H, n, D)``, ``k, v (B, G, m, D)`` -> ``out (B, H, n, D)``, ``lse (B, H, n)``."""
+    reach = k.shape[2] - q.shape[2]
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    for rows, span in _spans(q, k, FORWARD_ROWS, limit=None):
+        mask = _mask(rows, reach, q)
+        keys, values = (_key_tiles(x, rows, span, reach).flatten(0, 1) for x in (k, v))
+        for heads in _one_per_group(q, k):
+            tiles = _row_tiles(q, heads, rows, span).flatten(0, 1)
+            part, part_lse = forward_op(tiles, keys, values, attn_mask=mask, scale=scale)
+            _row_tiles(out, heads, rows, span).flatten(0, 1).copy_(part)
+            _row_tiles(lse, heads, rows, span).flatten(0, 1).copy_(part_lse)
+    return out, lse
+
+
+def band_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k``, ``v``, given the final ``out`` and ``lse`` of each row."""
+    reach = k.shape[2] - q.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dq = q.new_empty(q.shape)
+    dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))
+    for rows, span in _spans(q, k, BACKWARD_ROWS, limit=GRADIENT_NUMBERS):
+        mask = _mask(rows, reach, q)
+        keys, values = (_key_tiles(x, rows, span, reach).flatten(0, 1) for x in (k, v))
+        for heads in _one_per_group(q, k):
+            tiles = [
+                _row_tiles(x, heads, rows, span).flatten(0, 1) for x in (grad_out, q, out, lse)
+            ]
+            grad_tile, q_tile, out_tile, lse_tile = tiles
+            part_q, part_k, part_v = backward_op(
+                grad_tile, q_tile, keys, values, out_tile, lse_tile, 0.0, False,
+                attn_mask=mask, scale=scale,
+            )  # fmt: skip
+            _row_tiles(dq, heads, rows, span).flatten(0, 1).copy_(part_q)
+            _add_key_tiles(dk, part_k, rows, span)
+            _add_key_tiles(dv, part_v, rows, span)
+    return dq, dk, dv
+
+
+def _spans(q: Tensor, k: Tensor, rows: int, limit: int | None) -> Iterator[tuple[int, slice]]:
+    """``(rows of a tile, rows of one call)``: whole tiles first, then what is left over."""
+    B, G, m, D = k.shape
+    n = q.shape[2]
+    reach = m - n
+    whole = n - n % rows
+    numbers = B * G * (rows + reach) * D
+    step = whole if limit is None else rows * max(1, limit // numbers)
+    for start in range(0, whole, max(step, 1)):
+        yield rows, slice(start, min(start + step, whole))
+    if whole < n:
+        yield n - whole, slice(whole, n)
+
+
+def _one_per_group(q: Tensor, k: Tensor) -> list[slice]:
+    """The query heads, in sets that hold one head of each group."""
+    heads_per_group = q.shape[1] // k.shape[1]
+    return [slice(first, None, heads_per_group) for first in range(heads_per_group)]
+
+
+def _row_tiles(x: Tensor, heads: slice, rows: int, span: slice) -> Tensor:
+    """``(B, H, n, ...) -> (B, G, tiles, rows, ...)``: a view."""
+    return x[:, heads, span].unflatten(2, (-1, rows))
+
+
+def _key_tiles(x: Tensor, rows: int, span: slice, reach: int) -> Tensor:
+    """``(B, G, m, D) -> (B, G, tiles, rows + reach, D)``: a view with overlaps."""
+    return x[:, :, span.start : span.stop + reach].unfold(2, rows + reach, rows).transpose(3, 4)
+
+
+def _add_key_tiles(total: Tensor, tiles: Tensor, rows: int, span: slice) -> None:
+    """Add the overlapping ``tiles (B * G, tiles, width, D)`` into ``total (B, G, m, D)``.
+
+    Slices of ``rows`` keys at the same place of every tile do not overlap: one addition each.
+    """
+    count, width = tiles.shape[1:3]
+    tiles = tiles.unflatten(0, total.shape[:2])
+    for start in range(0, width, rows):
+        stop = min(start + rows, width)
+        first = span.start + start
+        where = total[:, :, first : first + count * rows]
+        if where.shape[2] < count * rows:  # the last tile has fewer keys here than a block
+            where = total[:, :, first : first + (count - 1) * rows + stop - start]
+            whole = where[:, :, : (count - 1) * rows].unflatten(2, (-1, rows))
+            whole[..., : stop - start, :] += tiles[:, :, :-1, start:stop]
+            where[:, :, (count - 1) * rows :] += tiles[:, :, -1, start:stop]
+        else:
+            where.unflatten(2, (count, rows))[:, :, :, : stop - start] += tiles[:, :, :, start:stop]
+
+
+def _mask(rows: int, reach: int, like: Tensor) -> Tensor:
+    """Additive mask of a tile ``(rows, rows + reach)``: 0 on the band, -inf beside it."""
+    i = torch.arange(rows)[:, None]
+    j = torch.arange(rows + reach)[None, :]
+    visible = (i <= j) & (j <= i + reach)
+    return torch.zeros(rows, rows + reach, dtype=like.dtype).masked_fill(~visible, -torch.inf)
