@@ -1,9 +1,9 @@
 """The 209 papers of the lab, and which of them work.
 
 >>> from corelib.catalog import find, methods
->>> row = find("lean attention")            # also find(172), find("2405.10480"), find("leanattention")
->>> row.works, row.missing                  # measured by the last full test run, not declared
->>> row.load()                              # the module corelib.foundations.lean_attention
+>>> row = find("lean attention")      # also find(172), find("2405.10480"), find("leanattention")
+>>> row.works, row.missing             # measured by the last full test run, not declared
+>>> row.load()                         # the module corelib.foundations.lean_attention
 >>> [m.slug for m in methods("decoding")]
 
 Rows come from ``catalog.toml``; what works comes from ``results.json``, which `make test` writes
