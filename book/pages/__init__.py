@@ -1,0 +1,1 @@
+"""The book's generated pages: each module turns what the repository holds into Markdown."""
