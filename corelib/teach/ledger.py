@@ -69,10 +69,9 @@ def summary(entries: list[dict]) -> str:
     """How many claims of how many methods show."""
     shown = sum(entry["shown"] for entry in entries)
     count = len({entry["slug"] for entry in entries})
+    hidden = len(entries) - shown
     return (
-        f"{len(entries)} {'claim' if len(entries) == 1 else 'claims'} "
-        f"of {count} {'method' if count == 1 else 'methods'}: {shown} "
-        f"{'shows' if shown == 1 else 'show'} in the labs, {len(entries) - shown} not at this scale."
+        f"Claims: {len(entries)} (methods: {count}). Shown: {shown}. Not at this scale: {hidden}."
     )
 
 

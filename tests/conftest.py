@@ -1,0 +1,47 @@
+"""Fixtures that several folders of tests share."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+CLAIM_MIME = "application/vnd.longseq.claim+json"
+
+
+@pytest.fixture
+def made_lab(tmp_path):
+    """Writes an executed lab below ``tmp_path/labs`` and returns its path.
+
+    ``made_lab(home, headings, claims, tags)``: ``tags`` maps a heading to its cell's tag.
+    """
+
+    def write(home, headings=("Derive", "See", "Race"), claims=(), tags=None):
+        cells = [_markdown(f"## {name}", (tags or {}).get(name)) for name in headings]
+        cells.append(_code(1, []))
+        for number, claim in enumerate(claims, 2):
+            data = {"text/plain": "claim", CLAIM_MIME: claim}
+            output = {"output_type": "display_data", "data": data, "metadata": {}}
+            cells.append(_code(number, [output]))
+        path = tmp_path / "labs" / f"{home}.ipynb"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        book = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+        path.write_text(json.dumps(book), encoding="utf-8")
+        return path
+
+    return write
+
+
+def _markdown(source, tag):
+    metadata = {"tags": [tag]} if tag else {}
+    return {"cell_type": "markdown", "metadata": metadata, "source": [source]}
+
+
+def _code(number, outputs):
+    return {
+        "cell_type": "code",
+        "metadata": {},
+        "execution_count": number,
+        "source": ["1 + 1"],
+        "outputs": outputs,
+    }
