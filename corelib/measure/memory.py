@@ -51,6 +51,11 @@ class _LiveStorages(TorchDispatchMode):
         self.before: dict[int, int] = {}  # address -> bytes it had before we saw it
         self.alive: dict[int, weakref.ref] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Saves the import of torch's compiler (seconds): nothing here is compiled."""
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = tree_leaves((args, kwargs or {}))
         self._see(given, existed=True)

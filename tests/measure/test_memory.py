@@ -1,5 +1,8 @@
 """Counted memory against cases that can be counted by hand."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -69,3 +72,11 @@ def test_twice_the_same_and_attention_grows_with_the_square():
 def test_unknown_device(device):
     with pytest.raises(ValueError, match="device must be"):
         peak_memory(lambda: None, device=device)
+
+
+def test_counting_does_not_load_the_compiler():
+    code = (
+        "import sys, torch; from corelib.measure import peak_memory; x = torch.ones(3);"
+        "assert peak_memory(lambda: x + 1) == 12; assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
