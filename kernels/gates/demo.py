@@ -32,7 +32,13 @@ SPECIALISATIONS = [
         {"BLOCK": 32, "PRECISION": "ieee"},
     ),
     Specialisation(
-        "_spilling_kernel", "spills", "forward", {"x": "*fp32", "out": "*fp32"}, {"ROWS": 256}, 1
+        "_spilling_kernel",
+        "spills",
+        "forward",
+        {"x": "*fp32", "out": "*fp32"},
+        {"ROWS": 128},
+        num_warps=1,
+        overrides={"gfx942": {"constexprs": {"ROWS": 512}}},
     ),
     Specialisation(
         "_add_kernel",
@@ -80,10 +86,10 @@ if triton is not None:
 
     @triton.jit
     def _spilling_kernel(x, out, ROWS: tl.constexpr):
-        """Sorting keeps a tile of ROWS x 64 values alive in the registers of one warp."""
+        """The sum keeps a whole tile of ROWS x 64 values alive in the registers of one warp."""
         o = tl.arange(0, ROWS)[:, None] * 64 + tl.arange(0, 64)[None, :]
         tile = tl.load(x + o)
-        tl.store(out + o, tl.sort(tile, dim=1) + tl.sort(tile * tile, dim=1) * tile)
+        tl.store(out + o, tile / tl.sum(tile))
 
 
 def vector_add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

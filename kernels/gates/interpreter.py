@@ -148,7 +148,27 @@ def _moved(value: Any, device: str) -> Any:
     return _mapped(lambda tensor: tensor.to(device), value)
 
 
+def _hasten() -> None:
+    """Make interpretation about three times faster, with the same results (Triton 3.7).
+
+    The interpreter replaces the language's functions anew at every call of a helper function,
+    though the launch has done it; and it computes every int32 sum twice to look for overflow.
+    """
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(
+        *args, **kwargs
+    )
+    options = vars(interpreter.interpreter_builder.options)
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
+        **{**options, "sanitize_overflow": False}
+    )
+
+
 def _serve() -> None:
+    _hasten()
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print must not end up between two answers
     while True:
