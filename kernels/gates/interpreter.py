@@ -24,6 +24,7 @@ import pickle
 import subprocess
 import sys
 import traceback
+import types
 from types import ModuleType
 from typing import Any
 
@@ -158,6 +159,9 @@ def _hasten() -> None:
         from triton.runtime import interpreter
     except ImportError:
         return
+    patch, language = interpreter._patch_lang, interpreter.tl
+    everything = types.SimpleNamespace(__globals__={"tl": language, "core": language.core})
+    interpreter._patch_lang = lambda function: patch(everything)
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(
         *args, **kwargs
     )
