@@ -56,6 +56,7 @@ def source_tree(labs: pathlib.Path) -> dict[str, bytes]:
         "kernels.md": reports.kernel_page(),
         "api/index.md": api.index_page(modules),
         "_toc.yml": table_of_contents(book_parts),
+        "_keywords.json": papers.keywords(book_parts),
     }
     pages |= {f"{part.document}.md": parts.part_page(part, book_parts) for part in book_parts}
     pages |= {f"{module.document}.md": api.module_page(module) for module in modules}
@@ -66,14 +67,12 @@ def source_tree(labs: pathlib.Path) -> dict[str, bytes]:
 
 
 def table_of_contents(book_parts: list[plan.Part]) -> str:
-    """Sphinx external-toc's file (JSON is YAML): parts with their built labs, then the registers."""
-    chapters = [
-        {"file": part.document, "sections": [{"file": lab.document} for lab in part.built]}
-        for part in book_parts
-    ]
-    for chapter in chapters:
-        if not chapter["sections"]:
-            del chapter["sections"]
+    """Sphinx external-toc's file (JSON is YAML): parts with their built labs, then registers."""
+    chapters = []
+    for part in book_parts:
+        labs = [{"file": lab.document} for lab in part.built]
+        chapter = {"file": part.document, "title": f"{part.number} · {part.title}"}
+        chapters.append(chapter | ({"sections": labs} if labs else {}))
     registers = ["catalog", "ledger", "kernels", "api/index", "bibliography"]
     toc = {
         "format": "jb-book",

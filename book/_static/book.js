@@ -1,8 +1,8 @@
-// Three small things, all without a network: the catalog's filter, search results from a file
-// (a browser may not fetch a summary there), and explorers that never leave the page.
+// Two small things, both without a network: the catalog's filter, and search results that ask for
+// no summaries when the book is read from a file (a browser refuses to fetch them there).
 "use strict";
 
-if (location.protocol === "file:" && window.DOCUMENTATION_OPTIONS) {
+if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined") {
   DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
 }
 
@@ -46,4 +46,6 @@ function addFilter(table) {
   update();
 }
 
-for (const table of document.querySelectorAll("table.catalog")) addFilter(table);
+document.addEventListener("DOMContentLoaded", () => {
+  for (const table of document.querySelectorAll("table.catalog")) addFilter(table);
+});

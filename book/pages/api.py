@@ -36,7 +36,7 @@ class Module:
         return self.name if self.is_package else self.name.rpartition(".")[0]
 
     def public(self) -> list[Definition]:
-        """Functions and classes without a leading underscore, those of ``__all__`` if it is there."""
+        """Functions and classes without a leading underscore, or those of ``__all__``."""
         exported = _all_names(self.tree)
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
         found = [node for node in self.tree.body if isinstance(node, kinds)]
@@ -127,21 +127,22 @@ def signature(node: Definition) -> str:
     decorators = [f"@{ast.unparse(item)}" for item in node.decorator_list]
     decorators = [line for line in decorators if line.startswith(("@dataclass", "@property", "@c"))]
     if isinstance(node, ast.ClassDef):
-        bases = f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
-        fields = [
-            f"    {ast.unparse(item)}" for item in node.body if isinstance(item, ast.AnnAssign)
-        ]
-        init = [item for item in node.body if getattr(item, "name", "") == "__init__"]
-        heads = ["    " + signature(item).replace("\n", "\n    ") for item in init]
-        return "\n".join(
-            [*decorators, f"class {node.name}{bases}:", *(fields + heads or ["    ..."])]
-        )
+        return "\n".join([*decorators, _class_head(node)])
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     line = f"def {node.name}({ast.unparse(node.args)}){returns}"
     if len(line) > 72:
         arguments = "".join(f"    {argument},\n" for argument in _arguments(node.args))
         line = f"def {node.name}(\n{arguments}){returns}"
     return "\n".join([*decorators, line])
+
+
+def _class_head(node: ast.ClassDef) -> str:
+    """Name and bases, then what an instance is made from: the fields or ``__init__``."""
+    bases = f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
+    made_from = [ast.unparse(item) for item in node.body if isinstance(item, ast.AnnAssign)]
+    made_from += [signature(item) for item in node.body if getattr(item, "name", "") == "__init__"]
+    inner = "".join("\n    " + text.replace("\n", "\n    ") for text in made_from)
+    return f"class {node.name}{bases}" + (f":{inner}" if inner else "")
 
 
 def _arguments(arguments: ast.arguments) -> list[str]:

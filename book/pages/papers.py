@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 
 from .markdown import escape, link
@@ -73,6 +75,25 @@ def _state(method, lab, modules: set[str]) -> str:
     if method.module not in modules:
         return f"{place}[not yet built]{{.not-built}}"
     return f"{place}[{escape('; '.join(method.missing))}]{{.missing}}"
+
+
+def keywords(parts: Sequence[Part]) -> str:
+    """JSON: page -> names under which the search must find it, a paper's name in one word too."""
+    words: dict[str, list[str]] = {}
+    for part in parts:
+        for lab in part.labs:
+            names = [name for method in lab.methods for name in _names(method)]
+            for document in (part.document, lab.document) if lab.path else (part.document,):
+                words.setdefault(document, []).extend(names)
+    return json.dumps(words, indent=1, ensure_ascii=False)
+
+
+def _names(method) -> list[str]:
+    """``Lean Attention: Hardware-Aware …`` (lean_attention) -> LeanAttention, lean_attention, …"""
+    name = re.sub(r"[\s_-]", "", method.title.partition(":")[0]) if ":" in method.title else ""
+    slug = method.slug
+    names = (name, slug, slug.replace("_", ""), slug.replace("_", " "), method.title, method.arxiv)
+    return list(filter(None, names))
 
 
 def bibliography(methods: Sequence) -> str:

@@ -25,7 +25,7 @@ def map_page(parts: Sequence[Part]) -> str:
     for part in parts:
         lines.append(f"## {part.number} · {link(escape(part.title), part.document, here='map')}")
         lines.append(f"{escape(part.about)}\n\n{_facts(part, parts, here='map')}")
-        lines.append(_lab_list(part.labs, here="map"))
+        lines.append(_lab_list(part, here="map"))
     return "\n\n".join(lines) + "\n"
 
 
@@ -51,8 +51,16 @@ def _facts(part: Part, parts: Sequence[Part], *, here: str) -> str:
     return f"{{.facts}}\nNeeds {needs or 'Python and some PyTorch'} · {built}{minutes}"
 
 
-def _lab_list(labs: Sequence[Lab], *, here: str) -> str:
-    return "{.labs}\n" + "\n".join(f"* {_lab_line(lab, here=here)}" for lab in labs)
+def _lab_list(part: Part, *, here: str) -> str:
+    """Built labs by name and minutes, then the names of those that are planned."""
+    lists = []
+    if part.built:
+        built = [f"* {_lab_line(lab, here=here)}" for lab in part.built]
+        lists.append("{.labs}\n" + "\n".join(built))
+    planned = [f"* {escape(_numbered(lab))}" for lab in part.labs if not lab.path]
+    if planned:
+        lists.append("{.not-built}\nNot yet built:\n\n{.labs .not-built}\n" + "\n".join(planned))
+    return "\n\n".join(lists)
 
 
 def _lab_line(lab: Lab, *, here: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from html import escape
 
@@ -75,7 +76,7 @@ def patterns() -> str:
     return f'<div class="patterns">{"".join(figures)}</div>'
 
 
-BOX_WIDTH, BOX_HEIGHT, COLUMN, ROW, MARGIN = 164, 60, 196, 82, 8
+BOX_WIDTH, BOX_HEIGHT, COLUMN, ROW, MARGIN = 146, 72, 170, 92, 6
 
 
 def part_graph(parts: Sequence[Part]) -> str:
@@ -122,13 +123,18 @@ def _arrow(source: tuple[int, int], target: tuple[int, int]) -> str:
 def _box(part: Part) -> str:
     x, y = _corner(part.place)
     built, planned = len(part.built), len(part.labs)
-    done = (BOX_WIDTH - 24) * built / planned
+    done = (BOX_WIDTH - 22) * built / planned
     state = "built" if built else "planned"
+    title = "".join(
+        f'<tspan x="{x + 11}" y="{y + 38 + 15 * line}">{escape(words)}</tspan>'
+        for line, words in enumerate(textwrap.wrap(part.title, 16))
+    )
     return (
         f'<a class="part {state}" href="{part.document}.html">'
-        f'<rect x="{x}" y="{y}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="6"/>'
-        f'<text class="name" x="{x + 12}" y="{y + 23}">{part.number} · {escape(part.title)}</text>'
-        f'<text class="labs" x="{x + 12}" y="{y + 41}">{built} of {planned} labs</text>'
-        f'<rect class="bar" x="{x + 12}" y="{y + 49}" width="{BOX_WIDTH - 24}" height="3"/>'
-        f'<rect class="done" x="{x + 12}" y="{y + 49}" width="{done:.0f}" height="3"/></a>'
+        f'<rect x="{x}" y="{y}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="5"/>'
+        f'<text class="labs" x="{x + 11}" y="{y + 19}">{part.number}</text>'
+        f'<text class="labs" x="{x + BOX_WIDTH - 11}" y="{y + 19}" text-anchor="end">'
+        f'{built}/{planned} labs</text><text class="name">{title}</text>'
+        f'<rect class="bar" x="{x + 11}" y="{y + 62}" width="{BOX_WIDTH - 22}" height="3"/>'
+        f'<rect class="done" x="{x + 11}" y="{y + 62}" width="{done:.0f}" height="3"/></a>'
     )
