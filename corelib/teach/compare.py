@@ -84,7 +84,8 @@ def summary(value: Any) -> str:
 
 def _tensor_summary(tensor: Tensor) -> str:
     if tensor.numel() <= 8 and not tensor.is_complex():
-        rounded = [f"{x:.4g}" for x in tensor.flatten().tolist()]
+        plain = tensor.flatten().tolist()
+        rounded = [str(x) if isinstance(x, bool) else f"{x:.4g}" for x in plain]
         shape = "" if tensor.dim() < 2 else f" as {tuple(tensor.shape)}"
         return (rounded[0] if tensor.dim() == 0 else f"[{', '.join(rounded)}]") + shape
     words = f"tensor {tuple(tensor.shape)}"
