@@ -1,8 +1,8 @@
 """Gate 2: compile every declared specialisation for every target, on a machine without a GPU.
 
 ``triton.compile`` needs no device, and the wheel carries NVIDIA's disassembler: the compiled code
-can be read here for registers, spills, shared memory and matrix instructions, target by target. What
-this gate shows is that a kernel *would* fit and use the right units; it says nothing of its speed.
+can be read here for registers, spills, shared memory and matrix instructions, target by target.
+This gate shows that a kernel *would* fit and use the right units; it says nothing of its speed.
 
 $ python -m corelib.kernels.gates.compile corelib.kernels.flash_attention --targets sm_90 gfx942
 
