@@ -24,6 +24,7 @@ from .agreement import agreement
 from .machine import machine, synchronize
 
 SAMPLE_SECONDS = 5e-4  # shorter calls are repeated inside one sample: the clock itself costs time
+MAX_CALLS = 1000  # in one sample
 MAX_ROUNDS = 1000
 
 
@@ -175,7 +176,8 @@ def _interleave(runners, repeats: int, min_time: Real) -> dict[str, list[float]]
     """Samples of everyone in turns, after a second warm-up that also sets calls per sample."""
     calls = {}
     for name, fn in runners.items():
-        calls[name] = max(1, math.ceil(SAMPLE_SECONDS / max(_sample(fn, 1), 1e-9)))
+        once = max(_sample(fn, 1), SAMPLE_SECONDS / MAX_CALLS)
+        calls[name] = math.ceil(SAMPLE_SECONDS / once)
     times: dict[str, list[float]] = {name: [] for name in runners}
     spent = dict.fromkeys(runners, 0.0)
     for done in range(MAX_ROUNDS):

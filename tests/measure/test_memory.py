@@ -74,6 +74,7 @@ def test_unknown_device(device):
         peak_memory(lambda: None, device=device)
 
 
+@pytest.mark.slow
 def test_counting_does_not_load_the_compiler():
     code = (
         "import sys, torch; from corelib.measure import peak_memory; x = torch.ones(3);"

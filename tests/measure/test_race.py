@@ -1,7 +1,8 @@
 """Races: fair turns, agreement first, missing peers named."""
 
 import json
-import time
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,42 +11,50 @@ from corelib.measure import Missing, Race, format_seconds, forward_backward, rac
 from corelib.measure.agreement import agreement
 
 
-def _sleep(seconds, value=1.0):
-    def fn():
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            pass
-        return torch.tensor([value, 2.0])
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """A clock that only contestants made by `takes` move: tests of timing that cannot be late."""
+    now = SimpleNamespace(seconds=0.0)
+    fake = SimpleNamespace(perf_counter=lambda: now.seconds)
+    monkeypatch.setattr(sys.modules[race.__module__], "time", fake)
+    return now
 
-    return fn
 
+@pytest.fixture
+def takes(clock):
+    """``takes(seconds, value)``: a contestant that takes so long and returns a tensor."""
 
-def test_contestants_take_turns_and_ratios_refer_to_the_first():
-    turns = []
-
-    def runner(name):
+    def make(seconds, value=1.0):
         def fn():
-            turns.append(name)
-            _sleep(0.001)()
+            clock.seconds += seconds
+            return torch.tensor([value, 2.0])
 
         return fn
 
-    result = race({"a": runner("a"), "b": runner("b")}, repeats=4, min_time=0, check=None)
+    return make
+
+
+def test_contestants_take_turns_and_ratios_refer_to_the_first(takes):
+    turns = []
+    slow, fast = takes(2), takes(1)
+    two = {"a": lambda: (turns.append("a"), slow()), "b": lambda: (turns.append("b"), fast())}
+    result = race(two, repeats=4, min_time=0, check=None)
     assert "".join(turns[4:]) == "abababab"  # after two warm-ups each
-    assert result.baseline == "a" and result.ratios["a"] == 1.0
-    assert [len(samples) for samples in result.times.values()] == [4, 4]
+    assert result.baseline == "a" and result.ratios == {"a": 1.0, "b": 0.5}
+    assert result.times == {"a": [2.0] * 4, "b": [1.0] * 4}
 
 
-def test_short_calls_are_repeated_inside_a_sample():
+def test_short_calls_are_repeated_inside_a_sample(takes):
     calls = []
-    race({"a": lambda: calls.append(1)}, repeats=2, min_time=0, check=None)
-    assert len(calls) > 20
+    fn = takes(2**-13)
+    result = race({"a": lambda: (calls.append(1), fn())}, repeats=2, min_time=0, check=None)
+    assert len(calls) == 2 + 2 * 5  # five calls of 0.12 ms fill the 0.5 ms of a sample
+    assert result.times["a"] == [2**-13] * 2
 
 
-def test_min_time_adds_rounds():
-    result = race({"a": _sleep(0.001)}, repeats=1, min_time=0.01)
-    samples = result.times["a"]
-    assert len(samples) > 1 and sum(samples) >= 0.01 > sum(samples[:-1])
+def test_min_time_adds_rounds(takes):
+    assert len(race({"a": takes(0.25)}, repeats=1, min_time=2).times["a"]) == 8
+    assert len(race({"a": takes(0.25)}, repeats=9, min_time=2).times["a"]) == 9
 
 
 def test_medians_ratios_speedup_and_baseline():
@@ -58,14 +67,14 @@ def test_medians_ratios_speedup_and_baseline():
         result.speedup("x", over="slow")
 
 
-def test_ratio_to_fastest():
-    two = {"a": _sleep(0.003), "b": _sleep(0.0005)}
+def test_ratio_to_fastest(takes):
+    two = {"a": takes(0.003), "b": takes(0.0005)}
     assert race(two, ratio_to="fastest", repeats=2, min_time=0).baseline == "b"
     assert race(two, ratio_to="b", repeats=1, min_time=0).baseline == "b"
 
 
-def test_table_and_json_name_machine_agreement_and_missing_peers():
-    two = {"a": _sleep(0.001), "b": _sleep(0.001), "c": Missing("not installed")}
+def test_table_and_json_name_machine_agreement_and_missing_peers(takes):
+    two = {"a": takes(0.001), "b": takes(0.001), "c": Missing("not installed")}
     result = race(two, repeats=2, min_time=0)
     table = result.table()
     assert "| c | not installed | – |" in table and "results equal" in table
@@ -75,19 +84,19 @@ def test_table_and_json_name_machine_agreement_and_missing_peers():
     assert stored["missing"] == {"c": "not installed"} and set(stored["medians"]) == {"a", "b"}
 
 
-def test_different_results_do_not_race():
+def test_different_results_do_not_race(takes):
     with pytest.raises(ValueError, match="contestant 'b' computes something else"):
-        race({"a": _sleep(0), "b": _sleep(0, value=1.001)})
-    race({"a": _sleep(0), "b": _sleep(0, value=1.001)}, tolerance=1e-2, repeats=1, min_time=0)
-    unchecked = race({"a": _sleep(0), "b": _sleep(0, 5.0)}, check=None, repeats=1, min_time=0)
+        race({"a": takes(1), "b": takes(1, value=1.001)})
+    race({"a": takes(1), "b": takes(1, value=1.001)}, tolerance=1e-2, repeats=1, min_time=0)
+    unchecked = race({"a": takes(1), "b": takes(1, 5.0)}, check=None, repeats=1, min_time=0)
     assert "results not compared" in unchecked.table()
 
 
-def test_an_explicit_reference_and_a_check_of_ones_own():
+def test_an_explicit_reference_and_a_check_of_ones_own(takes):
     with pytest.raises(ValueError, match="contestant 'a'"):
-        race({"a": _sleep(0)}, reference=torch.tensor([9.0, 9.0]))
+        race({"a": takes(1)}, reference=torch.tensor([9.0, 9.0]))
     with pytest.raises(ValueError, match="'b' computes something else"):
-        race({"a": _sleep(0), "b": _sleep(0, 3.0)}, check=lambda got, ref: bool((got == ref).all()))
+        race({"a": takes(1), "b": takes(1, 3.0)}, check=lambda got, ref: bool((got == ref).all()))
 
 
 @pytest.mark.no_shape_checks
@@ -163,14 +172,15 @@ def test_forward_backward_needs_floating_point():
         forward_backward(torch.add, torch.ones(1), torch.ones(1, dtype=torch.long))
 
 
-def test_sweep_races_at_every_length():
+def test_sweep_races_at_every_length(takes):
     def make(n):
-        both = {"line": _sleep(n * 2e-6), "square": _sleep(n * n * 1e-7)}
+        both = {"line": takes(n * 2e-6), "square": takes(n * n * 1e-7)}
         return both if n < 160 else {"line": both["line"], "peer": Missing("absent")}
 
     result = sweep([10, 20, 40, 80, 160], make, repeats=1, min_time=0)
     assert list(result.seconds("line")) == [10, 20, 40, 80, 160]
     assert list(result.seconds("square")) == [10, 20, 40, 80]
+    assert result.exponents["line"].value == pytest.approx(1.0)
     assert set(result.exponents) == {"line"}  # four lengths are too few for the other
     assert result.missing == {"peer": "absent"}
     assert "| contestant | 10 | 20 | 40 | 80 | 160 | exponent |" in result.table()
