@@ -43,12 +43,11 @@ def _shape_checks(request):
 
 @pytest.fixture(scope="session")
 def interpreter():
-    """A worker process in which Triton kernels are interpreted."""
+    """What runs kernels: a worker process that interprets them (a GPU in `make gpu-check`)."""
     pytest.importorskip("triton")
-    from corelib.kernels.gates.interpreter import Interpreter
+    from corelib.kernels.gates.interpreter import kernel_runner
 
-    with Interpreter() as worker:
-        yield worker
+    return kernel_runner()
 
 
 def pytest_collection_modifyitems(items):

@@ -71,8 +71,8 @@ def compiled_row(module: Any, spec: Specialisation, target: str) -> dict[str, An
     Returns a row with ``kernel label direction target num_warps num_stages``, and of the compiled
     code ``registers`` (a thread), ``spills`` (bytes a thread), ``scalar_spills`` (AMD), ``shared``
     (bytes a program) and its ``shared_limit``, ``occupancy`` (0 to 1), ``matrix_instructions``
-    (name -> count), ``dots`` (number of ``tl.dot``), ``plain_dots`` (those done without matrix
-    instructions) and ``problems``.
+    (name -> count), ``has_dot`` (the source holds a ``tl.dot``), ``plain_dots`` (how many are done
+    without matrix instructions) and ``problems``.
     """
     spec = spec.on(target)
     row = {
@@ -102,7 +102,7 @@ def problems(row: dict[str, Any]) -> list[str]:
         found.append(f"needs {row['shared']} bytes of shared memory of {row['shared_limit']}")
     if row["plain_dots"]:
         found.append(f"{row['plain_dots']} of its dots use no matrix instructions")
-    if row["dots"] and not row["matrix_instructions"]:
+    if row["has_dot"] and not row["matrix_instructions"]:
         found.append("holds a tl.dot, but no matrix instruction")
     if not found and not row["occupancy"]:
         found.append("not even one program fits on a multiprocessor")
@@ -146,7 +146,7 @@ def _measured(compiled: Any, target: str, spec: Specialisation) -> dict[str, Any
         "shared": shared,
         "shared_limit": ARCHITECTURES[target].shared_per_program,
         "occupancy": round(fraction, 4),
-        "dots": len(re.findall(r"= tt\.dot(?:_scaled)? ", compiled.asm["ttir"])),
+        "has_dot": bool(re.search(r"= tt\.dot(?:_scaled)? ", compiled.asm["ttir"])),
         "plain_dots": len(re.findall(r"= tt\.dot .*-> tensor<[^#>]*#(?!mma)", layout)),
     }
 

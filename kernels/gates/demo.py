@@ -1,4 +1,4 @@
-"""Four tiny kernels on which the gates themselves are tested. Nothing else uses them.
+"""Tiny kernels on which the gates themselves are tested. Nothing else uses them.
 
 `vector_add` and `masked_matmul` have traffic that can be counted by hand, `naive_attention` writes
 its score matrix to memory (the traffic that flash attention avoids), and ``_spilling_kernel`` needs
@@ -85,6 +85,19 @@ if triton is not None:
         tl.store(p, b_e / tl.sum(b_e, axis=0), mask=o < S)
 
     @triton.jit
+    def _histogram_kernel(x, counts, n, BLOCK: tl.constexpr):
+        o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.atomic_add(counts + tl.load(x + o, mask=o < n), 1, mask=o < n)
+
+    @triton.jit
+    def _copy_kernel(x, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+        """Through tensor descriptors, which mask by themselves."""
+        source = tl.make_tensor_descriptor(x, [ROWS, COLUMNS], [COLUMNS, 1], [BLOCK, COLUMNS])
+        target = tl.make_tensor_descriptor(out, [ROWS, COLUMNS], [COLUMNS, 1], [BLOCK, COLUMNS])
+        row = tl.program_id(0) * BLOCK
+        target.store([row, 0], source.load([row, 0]))
+
+    @triton.jit
     def _spilling_kernel(x, out, ROWS: tl.constexpr):
         """The sum keeps a whole tile of ROWS x 64 values alive in the registers of one warp."""
         o = tl.arange(0, ROWS)[:, None] * 64 + tl.arange(0, 64)[None, :]
@@ -106,6 +119,21 @@ def masked_matmul(a: torch.Tensor, b: torch.Tensor, precision: str = "ieee") -> 
     out = a.new_empty(M, N)
     grid = (triton.cdiv(M, 32), triton.cdiv(N, 32))
     _matmul_kernel[grid](a, b, out, M, N, K, BLOCK=32, PRECISION=precision)
+    return out
+
+
+def histogram(x: torch.Tensor, bins: int) -> torch.Tensor:
+    """How often each of ``0 .. bins - 1`` is in ``x (n,)``."""
+    counts = torch.zeros(bins, dtype=torch.int32)
+    _histogram_kernel[(triton.cdiv(x.numel(), 64),)](x, counts, x.numel(), BLOCK=64)
+    return counts
+
+
+def copy_described(x: torch.Tensor) -> torch.Tensor:
+    """A copy of ``x (rows, columns)``; columns a power of two."""
+    out = torch.empty_like(x)
+    rows, columns = x.shape
+    _copy_kernel[(triton.cdiv(rows, 8),)](x, out, ROWS=rows, COLUMNS=columns, BLOCK=8)
     return out
 
 

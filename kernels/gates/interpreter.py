@@ -16,6 +16,7 @@ no more. (`corelib.kernels.gates.memory` looks for the commonest races by addres
 from __future__ import annotations
 
 import atexit
+import functools
 import importlib
 import importlib.util
 import os
@@ -52,11 +53,6 @@ class Native:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def kernel_runner() -> Interpreter | Native:
-    """What the tests run kernels with: the interpreter, or the GPU inside `gpu_check`."""
-    return Native() if os.environ.get("CORELIB_KERNELS") == "native" else Interpreter()
 
 
 class Interpreter:
@@ -98,6 +94,17 @@ class Interpreter:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+@functools.cache
+def shared_interpreter() -> Interpreter:
+    """One worker for all calls of this process: starting one takes seconds."""
+    return Interpreter()
+
+
+def kernel_runner() -> Interpreter | Native:
+    """What the tests run kernels with: the interpreter, or the GPU inside `gpu_check`."""
+    return Native() if os.environ.get("CORELIB_KERNELS") == "native" else shared_interpreter()
 
 
 def interpreting() -> bool:

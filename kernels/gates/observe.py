@@ -71,13 +71,13 @@ def _builder_wrappers(observer: Observer, builder: Any) -> dict[str, Any]:
     load, store = builder.create_masked_load, builder.create_masked_store
     rmw, cas, dot = builder.create_atomic_rmw, builder.create_atomic_cas, builder.create_dot
 
-    def create_masked_load(self, ptrs, mask, *rest):
+    def create_masked_load(self, ptrs, mask, *rest, **named):
         observer.load(_active(ptrs, mask), _itemsize(ptrs))
-        return load(self, ptrs, mask, *rest)
+        return load(self, ptrs, mask, *rest, **named)
 
-    def create_masked_store(self, ptrs, value, mask, *rest):
+    def create_masked_store(self, ptrs, value, mask, *rest, **named):
         observer.store(_active(ptrs, mask), _itemsize(ptrs))
-        return store(self, ptrs, value, mask, *rest)
+        return store(self, ptrs, value, mask, *rest, **named)
 
     def create_atomic_rmw(self, op, ptrs, value, mask, *rest):
         observer.atomic(_active(ptrs, mask), _itemsize(ptrs))
