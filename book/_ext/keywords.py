@@ -15,7 +15,7 @@ from docutils import nodes
 def add_keywords(app, doctree):
     names = app.config.page_keywords.get(app.env.docname)
     if names:
-        doctree.insert(0, nodes.meta(name="keywords", content=" ".join(names)))
+        doctree.insert(0, nodes.meta(name="keywords", content=", ".join(names)))
 
 
 def read_keywords(app, config):

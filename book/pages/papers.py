@@ -89,11 +89,11 @@ def keywords(parts: Sequence[Part]) -> str:
 
 
 def _names(method) -> list[str]:
-    """``Lean Attention: Hardware-Aware …`` (lean_attention) -> LeanAttention, lean_attention, …"""
-    name = re.sub(r"[\s_-]", "", method.title.partition(":")[0]) if ":" in method.title else ""
-    slug = method.slug
-    names = (name, slug, slug.replace("_", ""), slug.replace("_", " "), method.title, method.arxiv)
-    return list(filter(None, names))
+    """``Lean Attention: …`` (lean_attention) -> LeanAttention, lean_attention and single words."""
+    opening = method.title.partition(":")[0] if ":" in method.title else ""
+    whole = [re.sub(r"[\s_-]", "", opening), method.slug, method.slug.replace("_", "")]
+    words = re.findall(r"\w+", f"{method.title} {method.slug.replace('_', ' ')}")
+    return [word for word in (*whole, *words) if word]
 
 
 def bibliography(methods: Sequence) -> str:
