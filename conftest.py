@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import sys
+import types
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
@@ -25,9 +26,13 @@ CHECKED = [
 ]
 
 if "corelib.primitives" not in sys.modules:
+    from beartype import BeartypeConf, beartype
     from jaxtyping import install_import_hook
 
-    install_import_hook(CHECKED, "beartype.beartype")
+    # An int is welcome where a float is expected. The hook wants the checker by its dotted name.
+    sys.modules["shape_checker"] = types.ModuleType("shape_checker")
+    sys.modules["shape_checker"].check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+    install_import_hook(CHECKED, "shape_checker.check")
 
 
 @pytest.fixture(autouse=True)

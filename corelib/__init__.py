@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _FROM_CATALOG = ("find", "methods", "Method")
-_SUBMODULES = ("catalog", "contracts", "kernels", "measure", "primitives", "teach", "testing")
+_SUBMODULES = (
+    "catalog",
+    "contracts",
+    "kernels",
+    "measure",
+    "primitives",
+    "runtime",
+    "teach",
+    "testing",
+)
 __all__ = [*_FROM_CATALOG, *_SUBMODULES, "__version__"]
 
 
