@@ -7,9 +7,9 @@ all parts that its kind needs are ok. Which these are stands in `NEEDS`:
 
 * module: it imports. Tests: every test of ``tests/<family>/test_<slug>.py``, and every other test
   marked ``method(slug)``, ran and passed.
-* kernels: for each kernel of the row, every test of ``tests/kernels/test_<kernel>.py`` passed, and
-  the report card has it compiled for every target with no spills and with matrix instructions
-  wherever the source holds a ``tl.dot``.
+* kernels: for each kernel of the row, every test of ``tests/kernels/test_<kernel>.py`` (and of
+  ``test_<kernel>_….py``) passed, and the report card has it compiled without problems: no spills,
+  matrix instructions wherever the source holds a ``tl.dot``.
 * lab: the home lab was executed top to bottom and every cell passed under nbval. Derive, see, race:
   it has these sections (for this method, by cell tag, where a lab has several). Claims: an executed
   cell recorded at least one.

@@ -51,6 +51,7 @@ def test_what_agrees_prints_one_line(capsys, value, expected, tolerance, line):
         (torch.ones(3), torch.ones(2, 3), 1.0, r"got shape \(3,\), expected \(2, 3\)"),
         (torch.ones(1), torch.ones(3), 1.0, "shape"),  # no silent broadcasting
         (torch.ones(2), torch.tensor([1.0, 3.0]), None, r"off by 2 at \(1,\) \(1 of 2 differ\)"),
+        (torch.tensor([1, torch.nan]), torch.ones(2), 9.0, r"got nan.*\(1,\) \(1 of 2 differ\)"),
         ((2, 3), (2, 4), None, r"got \(2, 3\), expected \(2, 4\)"),
         ("a", "b", None, "got 'a', expected 'b'"),
         (torch.ones(2), None, None, "expected None"),
