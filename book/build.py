@@ -52,7 +52,7 @@ def source_tree(labs: pathlib.Path) -> dict[str, bytes]:
         "catalog.md": papers.catalog_page(book_parts, {module.name for module in modules}),
         "catalog.bib": papers.bibliography(rows),
         "bibliography.md": papers.bibliography_page(rows),
-        "ledger.md": reports.ledger_page(),
+        "ledger.md": reports.ledger_page(labs),
         "kernels.md": reports.kernel_page(),
         "api/index.md": api.index_page(modules),
         "_toc.yml": table_of_contents(book_parts),

@@ -43,12 +43,23 @@ def _block(block: str) -> str:
         return fence(_dedent(lines), "python")
     if _LIST_ITEM.match(lines[0]):
         return _list(lines)
+    if len(lines) > 2 and all(line.lstrip().startswith("|") for line in lines):
+        return _table(lines)
     head = [line for line in lines if not line.startswith((" ", "\t"))]
     if head == lines and not any(re.search(r"\S {3,}\S", line) for line in lines):
         return _inline(" ".join(lines))
     if len(head) == 1 and lines[0] == head[0] and head[0].endswith(":"):
         return f"{_inline(lines[0])}\n\n{fence(_dedent(lines[1:]))}"
     return fence(_dedent(lines))
+
+
+def _table(lines: list[str]) -> str:
+    """A table drawn with bars; its second line is the rule below the heads."""
+    rows = [
+        [_inline(cell.strip()) for cell in line.strip().strip("|").split("|")] for line in lines
+    ]
+    rows[1] = ["---"] * len(rows[0])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _list(lines: list[str]) -> str:

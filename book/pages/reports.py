@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import pathlib
 
 
-def ledger_page() -> str:
+def ledger_page(labs: pathlib.Path) -> str:
     """Every claim that an executed lab has checked, beside the paper's figure."""
     try:
         ledger = importlib.import_module("corelib.teach.ledger")
     except ModuleNotFoundError:
         return "# Ledger of claims\n\nNo ledger.\n"
-    return "# Ledger of claims\n\n" + ledger.ledger_markdown() + "\n"
+    return "# Ledger of claims\n\n" + ledger.ledger_markdown(labs) + "\n"
 
 
 def kernel_page() -> str:
