@@ -38,6 +38,19 @@ _AMD_MATRIX = re.compile(r"^\s+(v_s?mfmac?_\w+)", re.M)
 #: A scalar spill goes to a lane of a vector register, not to memory: a few cost nothing.
 SCALAR_SPILLS_ALLOWED = 32
 
+#: What is read from the compiled code; all None in the row of a kernel that does not compile.
+MEASURED = (
+    "registers",
+    "spills",
+    "scalar_spills",
+    "matrix_instructions",
+    "shared",
+    "shared_limit",
+    "occupancy",
+    "has_dot",
+    "plain_dots",
+)
+
 
 def compile_module(
     module: str, targets: Sequence[str] = TARGETS, labels: Sequence[str] | None = None
@@ -82,7 +95,7 @@ def compiled_row(module: Any, spec: Specialisation, target: str) -> dict[str, An
         "target": target,
         "num_warps": spec.num_warps,
         "num_stages": spec.num_stages,
-    }
+    } | dict.fromkeys(MEASURED)
     try:
         row |= _measured(_compiled(getattr(module, spec.kernel), spec, target), target, spec)
     except Exception as error:  # whatever the compiler raises belongs into the row

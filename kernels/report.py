@@ -1,0 +1,201 @@
+"""The report card of the kernels: what each compiles to on each target, and how far it was tried.
+
+$ python -m corelib.kernels.report              # the card, a row per kernel, direction and target
+$ python -m corelib.kernels.report --json       # every specialisation, with all that was measured
+$ python -m corelib.kernels.report --update     # run gates 1 and 2 again for what has changed
+
+The card is read from the shipped ``report.json``: no Triton and no GPU is needed. That file is also
+the cache of the compile gate: a kernel is compiled again only when a hash of its source, of the
+kernel modules that it imports and of the gate has changed, or with ``--force``.
+
+A status is one of *interpreted* (its tests pass under Triton's interpreter), *compiled* (offline,
+for the row's target, without a problem) and *run on (device, date)* (`gates.gpu_check` ran its
+tests on that device). A kernel that never ran on a GPU is never called more than the first two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import importlib
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+HERE = pathlib.Path(__file__).parent
+SHIPPED = HERE / "report.json"
+_GATE = ("gates/compile.py", "gates/architecture.py", "gates/specialisation.py")
+_EMPTY: dict[str, Any] = {"triton": "", "modules": {}, "rows": []}
+
+
+def kernel_modules() -> list[str]:
+    """Names (without ``corelib.kernels.``) of the modules that declare ``SPECIALISATIONS``."""
+    names = sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith("_"))
+    return [
+        name
+        for name in names
+        if name != "report"
+        and hasattr(importlib.import_module(f"corelib.kernels.{name}"), "SPECIALISATIONS")
+    ]
+
+
+def rows(module: str | None = None) -> list[dict[str, Any]]:
+    """The shipped rows, of one kernel module or of all, each with its ``status`` (a list).
+
+    A row has ``module kernel label direction target`` and what `gates.compile.compiled_row` lists.
+
+    Raises:
+        ValueError: no such kernel module on the card.
+    """
+    report = read()
+    if module is not None and module not in report["modules"]:
+        raise ValueError(f"module: expected one of {sorted(report['modules'])}, got {module!r}")
+    return [
+        row | {"status": _status(row, report["modules"][row["module"]])}
+        for row in report["rows"]
+        if module in (None, row["module"])
+    ]
+
+
+def read(path: pathlib.Path = SHIPPED) -> dict[str, Any]:
+    """The shipped report as it stands: ``triton``, ``modules`` (name -> hash, …) and ``rows``."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else dict(_EMPTY)
+
+
+def stale(report: dict[str, Any] | None = None) -> list[str]:
+    """Kernel modules whose source is not the one that the report speaks of."""
+    known = (report or read())["modules"]
+    present = kernel_modules()
+    changed = [name for name in present if known.get(name, {}).get("hash") != source_hash(name)]
+    return changed + sorted(set(known) - set(present))
+
+
+def source_hash(module: str) -> str:
+    """Of a kernel module, of the kernel modules that it imports, and of the compile gate."""
+    seen: dict[str, str] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen and (path := HERE / f"{name}.py").exists():
+            seen[name] = path.read_text(encoding="utf-8")
+            waiting += _imported(seen[name])
+    texts = [f"{name}\n{text}" for name, text in sorted(seen.items())]
+    texts += [(HERE / name).read_text(encoding="utf-8") for name in _GATE]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def _imported(source: str) -> Iterator[str]:
+    """Sibling modules that a kernel module's source imports, in whatever form."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            dotted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parent = "corelib.kernels." * bool(node.level) + (node.module or "")
+            dotted = [parent.rstrip(".")] + [f"{parent}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in dotted:
+            if name.startswith("corelib.kernels."):
+                yield name.split(".")[2]
+
+
+def _status(row: dict[str, Any], module: dict[str, Any]) -> list[str]:
+    status = ["interpreted"] if module["interpreted"] else []
+    status += [f"refused: {text}" for text in row["problems"]] or [f"compiled for {row['target']}"]
+    for run in module["runs"]:
+        if run["target"] == row["target"]:
+            status.append(f"run on ({run['device']}, {run['date']})")
+    return status
+
+
+def summary(module: str | None = None) -> list[dict[str, str]]:
+    """The card as text cells: a row per kernel, direction and target, over its specialisations."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows(module):
+        key = row["module"], row["kernel"], row["direction"], row["target"]
+        groups.setdefault(key, []).append(row)
+    return [_summed(key, group) for key, group in groups.items()]
+
+
+def _summed(key: tuple, group: list[dict[str, Any]]) -> dict[str, str]:
+    module, kernel, direction, target = key
+    good = [row for row in group if row["registers"] is not None]  # the others did not compile
+    names = sorted({name for row in good for name in row["matrix_instructions"]})
+    status = dict.fromkeys(text for row in group for text in row["status"])
+    return {
+        "kernel": f"{module}.{kernel}",
+        "direction": direction,
+        "target": target,
+        "variants": str(len(group)),
+        "registers": _span([row["registers"] for row in good]),
+        "spills": _span([row["spills"] for row in good]),
+        "shared KiB": _span([-(-row["shared"] // 1024) for row in good]),
+        "occupancy %": _span([round(100 * row["occupancy"]) for row in good]),
+        "tl.dot": "yes" if any(row["has_dot"] for row in good) else "no",
+        "matrix instructions": ", ".join(names) or "none",
+        "status": "; ".join(status),
+    }
+
+
+def _span(values: list[int]) -> str:
+    if not values:
+        return "?"
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def markdown(module: str | None = None) -> str:
+    """The card as a Markdown table, and what it rests on."""
+    card = summary(module)
+    if not card:
+        return "No kernel is on the report card.\n"
+    head = list(card[0])
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in card]
+    return "\n".join(lines) + "\n\n" + _footing() + "\n"
+
+
+def table(module: str | None = None) -> str:
+    """The card as aligned plain text."""
+    card = summary(module)
+    cells = [list(card[0]), *(list(row.values()) for row in card)] if card else []
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+    return "\n".join([*lines, "", _footing()])
+
+
+def _footing() -> str:
+    report = read()
+    text = f"Compiled offline with Triton {report['triton']}; a span covers a kernel's variants. "
+    ran = any(module["runs"] for module in report["modules"].values())
+    text += "" if ran else "None of these kernels has run on a GPU yet."
+    if changed := stale(report):
+        text += f" Out of step with the source (run --update): {', '.join(changed)}."
+    return text.strip()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m corelib.kernels.report", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("module", nargs="?", help="one kernel module, such as flash_attention")
+    parser.add_argument("--json", action="store_true", help="every row, as JSON")
+    parser.add_argument("--update", action="store_true", help="run the gates for what changed")
+    parser.add_argument("--force", action="store_true", help="with --update: for everything")
+    parser.add_argument("--jobs", type=int, default=2, help="targets compiled at once")
+    chosen = parser.parse_args(argv)
+    if chosen.update or chosen.force:
+        from corelib.kernels.gates.refresh import update
+
+        update(force=chosen.force, jobs=chosen.jobs)
+    print(json.dumps(rows(chosen.module), indent=1) if chosen.json else table(chosen.module))
+    return int(any(row["problems"] for row in rows(chosen.module)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
