@@ -20,6 +20,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .display import display_bundle, has_kernel
 from .style import missing_labels, paper, png_bytes
 
 MOST_FRAMES = 24
@@ -71,10 +72,7 @@ def explore(
             figure without title or labels.
         TypeError: ``fn`` returns no figure.
     """
-    from IPython.display import display
-
-    explorer = Explorer(fn, alt=alt, title=title, **sliders)
-    display(explorer.bundle(), raw=True)
+    display_bundle(Explorer(fn, alt=alt, title=title, **sliders).bundle())
 
 
 class Explorer:
@@ -179,7 +177,7 @@ class Explorer:
     def bundle(self) -> dict[str, Any]:
         """What is displayed: HTML, plain text and, where a kernel can serve it, the widget."""
         bundle: dict[str, Any] = {"text/html": self.html(), "text/plain": self.summary()}
-        if _has_kernel():
+        if has_kernel():
             view: Mapping[str, Any] = self.widget()._repr_mimebundle_()
             bundle |= {mime: part for mime, part in view.items() if mime != "text/plain"}
         return bundle
@@ -233,12 +231,3 @@ def _text(value: Any) -> str:
 def _json(data: dict) -> str:
     """JSON that may stand inside a script element."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _has_kernel() -> bool:
-    """Whether a notebook's kernel runs us: a widget can be served."""
-    import sys
-
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return shell is not None and hasattr(shell, "kernel")

@@ -2,7 +2,8 @@
 
 Figures have an opaque, light paper background, so that a dark page shows them as they are.
 Series differ by colour *and* by line style and marker. Colours are those of Okabe and Ito
-("Color universal design", 2008); ordered values take cividis, signed ones blue–white–orange.
+("Color universal design", 2008); ordered values go from paper to ink, signed ones from blue through
+white to orange: both by lightness as well.
 Nothing here touches matplotlib's global settings.
 """
 
@@ -26,10 +27,12 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), "-",
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "++++", "oo")
 
-SEQUENTIAL = matplotlib.colormaps["cividis"].with_extremes(bad=GRID)
+SEQUENTIAL = LinearSegmentedColormap.from_list(
+    "paper_blue_ink", ["#f3f0e6", "#c9dfe9", "#8fc1de", "#3f93c6", BLUE, "#084a7c", "#0a2340"]
+).with_extremes(bad="none")
 DIVERGING = LinearSegmentedColormap.from_list(
-    "blue_white_orange", ["#08457e", BLUE, "#9cc9e3", "#ffffff", "#f6cd88", "#d98200", "#8a4b00"]
-).with_extremes(bad=GRID)
+    "blue_white_orange", ["#08457e", BLUE, "#9cc9e3", PAPER, "#f6cd88", "#d98200", "#8a4b00"]
+).with_extremes(bad="none")
 
 DPI = 140
 COLOURS = 128  # of the palette: a third of the bytes, and no difference to see
@@ -43,7 +46,7 @@ SETTINGS = {
     "axes.titlecolor": INK,
     "axes.titlelocation": "left",
     "axes.titlesize": 11.5,
-    "axes.titleweight": "semibold",
+    "axes.titleweight": "bold",
     "axes.titlepad": 9,
     "axes.labelsize": 10,
     "axes.spines.top": False,
@@ -83,7 +86,7 @@ def paper() -> Iterator[None]:
         yield
 
 
-def canvas(rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (7.0, 3.6), **options):
+def canvas(rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (6.4, 3.4), **options):
     """A new figure of ``size`` inches and its axes, in the lab's style.
 
     ``options`` go to `matplotlib.figure.Figure.subplots` (``sharex``, ``width_ratios`` …). The
@@ -91,6 +94,7 @@ def canvas(rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (7.0,
     """
     with paper():
         figure = Figure(figsize=size, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # inches of paper around
         return figure, figure.subplots(rows, columns, **options)
 
 
@@ -107,8 +111,12 @@ def png_bytes(figure: Figure, dpi: int = DPI) -> bytes:
     with paper():
         figure.savefig(raw, format="png", dpi=dpi, metadata={"Software": None})
     image = Image.open(raw).convert("RGB")
+    background = image.getpixel((0, 0))
     # Pillow's default method is larger and loses colours that cover little (the colour bar's).
     image = image.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    palette, paper_index = image.getpalette(), image.getpixel((0, 0))
+    palette[3 * paper_index : 3 * paper_index + 3] = background  # the same paper in every figure
+    image.putpalette(palette)
     small = io.BytesIO()
     image.save(small, format="PNG", optimize=True)
     return small.getvalue()
@@ -130,8 +138,11 @@ def missing_labels(figure: Figure) -> list[str]:
 
 
 def _shows_ticks(ax: Any, name: str) -> bool:
-    """Whether that axis has tick labels of its own (inner panels of a shared axis have none)."""
+    """Whether that axis has numbers of its own: inner panels of a shared axis have none, and
+    ticks that are words speak for themselves."""
     axis = getattr(ax, f"{name}axis")
+    if any(tick.get_text()[:1].isalpha() for tick in axis.get_majorticklabels()):
+        return False
     return axis.get_visible() and any(
         tick.label1.get_visible() or tick.label2.get_visible() for tick in axis.get_major_ticks()
     )

@@ -1,0 +1,32 @@
+"""The lab's figures, in one style (`corelib.teach.style`).
+
+Every helper draws into ``ax`` or, without it, into a new figure, and returns the figure: give it
+to `show` with its alternative text, or return it from the function that `explore` calls.
+"""
+
+from __future__ import annotations
+
+from ..style import canvas, paper
+from .bars import bars
+from .card import KernelCard, kernel_card
+from .curves import lines, race_plot
+from .heat import attention_map, mask_plot, state_heatmap
+from .roof import roofline_plot
+from .show import show
+from .timeline import timeline
+
+__all__ = [
+    "KernelCard",
+    "attention_map",
+    "bars",
+    "canvas",
+    "kernel_card",
+    "lines",
+    "mask_plot",
+    "paper",
+    "race_plot",
+    "roofline_plot",
+    "show",
+    "state_heatmap",
+    "timeline",
+]
