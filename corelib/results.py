@@ -8,8 +8,8 @@ all parts that its kind needs are ok. Which these are stands in `NEEDS`:
 * module: it imports. Tests: every test of ``tests/<family>/test_<slug>.py``, and every other test
   marked ``method(slug)``, ran and passed.
 * kernels: for each kernel of the row, every test of ``tests/kernels/test_<kernel>.py`` (and of
-  ``test_<kernel>_….py``) passed, and the report card has it compiled without problems: no spills,
-  matrix instructions wherever the source holds a ``tl.dot``.
+  ``test_<kernel>_….py``) passed, and the report card has it compiled for every target without
+  problems (no spills, matrix instructions wherever the source holds a ``tl.dot``).
 * lab: the home lab was executed top to bottom and every cell passed under nbval. Derive, see, race:
   it has these sections (for this method, by cell tag, where a lab has several). Claims: an executed
   cell recorded at least one.
@@ -25,11 +25,13 @@ import importlib
 import importlib.util
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .catalog import HERE, Method, methods
+from .kernels.gates.specialisation import TARGETS
 from .teach.lab_contents import Lab, find_labs, read_lab
 
 ROOT = HERE.parent
@@ -139,18 +141,21 @@ def _tests(row: Method, evidence: Evidence) -> str:
 
 
 def _kernel(name: str, evidence: Evidence) -> str:
-    tests = _outcome(_in_file(evidence, f"tests/kernels/test_{name}.py"), "test")
+    gates = re.compile(rf"tests/kernels/test_{name}(_\w+)?\.py::")
+    tests = _outcome({n: t for n, t in evidence.tests.items() if gates.match(n)}, "test")
     if tests != OK:
         return tests
-    compiled = [row for row in evidence.report if row["module"] == name]
-    if not compiled:
+    targets = collections.defaultdict(set)
+    for row in evidence.report:
+        if row["module"] == name:
+            targets[f"{row['kernel']} {row['label']}"].add(row["target"])
+            if row["problems"]:
+                return f"{row['label']} on {row['target']}: {row['problems'][0]}"
+    if not targets:
         return "not on the report card"
-    for row in compiled:
-        where = f"{row['label']} on {row['target']}"
-        if row["spills"]:
-            return f"spills registers ({where})"
-        if row["has_dot"] and not row["matrix_instructions"]:
-            return f"no matrix instructions ({where})"
+    for label, compiled in targets.items():
+        if missing := set(TARGETS) - compiled:
+            return f"{label} was not compiled for {', '.join(sorted(missing))}"
     return OK
 
 
@@ -227,11 +232,6 @@ def working(results: Mapping[str, Mapping[str, str]]) -> set[str]:
     return {slug for slug, parts in results.items() if set(parts.values()) == {OK}}
 
 
-def write(results: dict, path: pathlib.Path) -> None:
-    """Write in the catalog's order, the same bytes for the same results."""
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m corelib.results", description="What works.")
     parser.add_argument("tests", help="the file that pytest wrote with --record")
@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     before = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.out.exists() else {}
     results = collect(chosen.tests, chosen.labs, chosen.report)
-    write(results, chosen.out)
+    chosen.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
     works = working(results)
     stopped = sorted(working(before) - works)
     print(f"{len(works)} of {len(results)} catalog rows work")

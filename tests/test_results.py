@@ -9,6 +9,7 @@ import sys
 import types
 
 import pytest
+from corelib.kernels.gates.specialisation import TARGETS
 
 from corelib import results
 from corelib.catalog import KINDS, Method, find
@@ -37,14 +38,8 @@ def world(tmp_path, made_lab, monkeypatch):
             f"labs/{HOME}.ipynb::Cell 1": {"outcome": "passed", "seconds": 0.1},
         },
         report=[
-            {
-                "module": "fast_op",
-                "label": "fp16",
-                "target": "sm_90",
-                "spills": 0,
-                "has_dot": True,
-                "matrix_instructions": ["HGMMA"],
-            }
+            {"module": "fast_op", "kernel": "_fast", "label": "fp16", "target": t, "problems": []}
+            for t in TARGETS
         ],
     )
     made_lab(HOME, claims=[CLAIM])
@@ -154,14 +149,24 @@ def test_an_error_in_an_output_stops_the_row(world, made_lab):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"spills": 8}, "spills"),
-        ({"matrix_instructions": []}, "no matrix instructions"),
-        ({"module": "another"}, "not on the report card"),
+        ({"problems": ["spills 8 bytes a thread"]}, "fp16 on sm_80: spills 8 bytes a thread"),
+        ({"target": "sm_70"}, "_fast fp16 was not compiled for sm_80"),
     ],
 )
 def test_a_kernel_that_fails_its_gate_stops_the_row(world, change, words):
     world.report[0] |= change
-    assert words in off(world.judged())["kernel fast_op"]
+    assert off(world.judged()) == {"kernel fast_op": words}
+
+
+def test_a_kernel_that_is_not_on_the_report_card_stops_the_row(world):
+    for compiled in world.report:
+        compiled["module"] = "fast_op_too"
+    assert off(world.judged()) == {"kernel fast_op": "not on the report card"}
+
+
+def test_all_files_of_a_kernels_tests_count(world):
+    world.tests["tests/kernels/test_fast_op_mutants.py::test_m"] = {"outcome": "failed"}
+    assert list(off(world.judged())) == ["kernel fast_op"]
 
 
 def test_a_module_that_is_gone_or_broken_stops_the_row(world, monkeypatch, tmp_path):
@@ -229,7 +234,9 @@ def test_lean_attention_stops_working_when_a_part_breaks(real):
         real.tests[test]["outcome"] = "passed"
     text = real.lab.read_text(encoding="utf-8")
     for section in ("Derive", "See", "Race"):
-        real.lab.write_text(text.replace(section, "Elsewhere"), encoding="utf-8")
+        tag = f"{section.lower()}-lean_attention"
+        gone = text.replace(section, "Elsewhere").replace(tag, "elsewhere")
+        real.lab.write_text(gone, encoding="utf-8")
         assert list(real.judged()) == [section.lower()]
     real.lab.write_text(text.replace("lean_attention", "something_else"), encoding="utf-8")
     assert list(real.judged()) == ["claims"]
