@@ -124,3 +124,10 @@ def test_an_unknown_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="no attribute 'cheque'"):
         teach.cheque  # noqa: B018
+
+
+def test_figures_are_at_hand_too():
+    import corelib.teach as teach
+
+    for name in teach.figures.__all__:
+        assert getattr(teach, name) is getattr(teach.figures, name)
