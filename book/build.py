@@ -61,7 +61,9 @@ def source_tree(labs: pathlib.Path) -> dict[str, bytes]:
     pages |= {f"{part.document}.md": parts.part_page(part, book_parts) for part in book_parts}
     pages |= {f"{module.document}.md": api.module_page(module) for module in modules}
     files = front_matter() | {name: text.encode() for name, text in pages.items()}
-    files["index.md"] = files["index.md"].replace(b"PATTERNS", pictures.patterns().encode())
+    landing = files["index.md"].decode()
+    landing = landing.replace("PATTERNS", pictures.patterns())
+    files["index.md"] = landing.replace("PROGRESS", parts.progress(book_parts)).encode()
     built = [lab for part in book_parts for lab in part.built]
     return files | {f"{lab.document}.ipynb": lab.path.read_bytes() for lab in built}
 
@@ -119,10 +121,10 @@ def build(labs: pathlib.Path = ROOT / "labs", out: pathlib.Path = OUT, fresh: bo
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
     command += [str(source), "--path-output", str(out), "-W", "-n", "--keep-going", "--quiet"]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    # Pages already read do not repeat their warnings: after a failure the next build starts afresh.
+    stamp.unlink(missing_ok=True)
     code = subprocess.call(command, env=environment)
-    if code:  # pages already read would not repeat their warnings: the next build starts afresh
-        stamp.unlink(missing_ok=True)
-    else:
+    if code == 0:
         stamp.write_text(machinery(files))
     return code
 

@@ -29,6 +29,17 @@ def map_page(parts: Sequence[Part]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
+def progress(parts: Sequence[Part]) -> str:
+    """How far the book is, in a sentence."""
+    labs = [lab for part in parts for lab in part.labs]
+    methods = [method for lab in labs for method in lab.methods]
+    built, working = sum(lab.path is not None for lab in labs), sum(m.works for m in methods)
+    return (
+        f"So far {built} of {len(labs)} [labs](map.md) are built and {working} of {len(methods)} "
+        "[papers](catalog.md) work."
+    )
+
+
 def part_page(part: Part, parts: Sequence[Part]) -> str:
     """What the part is about, what it needs, and its labs with their papers."""
     lines = [f"# {escape(part.title)}", escape(part.about), _facts(part, parts, here=part.document)]

@@ -93,7 +93,7 @@ def read_lab(name: str, labs: pathlib.Path, methods: Sequence) -> Lab:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     text = "\n\n".join("".join(c["source"]) for c in cells[:8] if c["cell_type"] == "markdown")
     title = re.search(r"^# +(.+)$", text, re.MULTILINE)
-    minutes = re.search(r"\b(\d+)(?:\s*[–-]\s*(\d+))?[\s-]*min(?:utes?)?\b", text)
+    minutes = re.search(r"\b(\d+)(?:\s*[–-]\s*(\d+))?[\s*-]*min(?:utes?)?\b", text)
     return Lab(
         name,
         title[1].strip() if title else _title_of(name),
