@@ -1,0 +1,1 @@
+"""The small language models that labs stand on, how they are trained, and the shipped ones."""

@@ -1,0 +1,67 @@
+"""Muon for the matrices inside the blocks, AdamW for everything else.
+
+Muon (Jordan et al., 2024, "Muon: an optimizer for hidden layers in neural networks") replaces a
+matrix's momentum ``M = U S V^T`` by about ``U V^T``, found by five Newton-Schulz steps, so that all
+directions move equally far. Scaled by ``0.2 * sqrt(max(rows, columns))`` the step has AdamW's
+usual size (Liu et al., arXiv 2502.16982, section 2.2), and both share one learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def orthogonalise(m: Float[Tensor, "R K"], steps: int = 5) -> Float[Tensor, "R K"]:
+    """About the nearest matrix with equal singular values: they end between 0.7 and 1.2.
+
+    The quintic ``a x + b x^3 + c x^5`` acts on the singular values; computed in bfloat16.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = m.bfloat16()
+    tall = m.shape[0] > m.shape[1]
+    x = x.T if tall else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return (x.T if tall else x).to(m.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised, with decoupled weight decay; for matrices only."""
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+    ):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(parameters, defaults)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dim() != 2:
+                    raise ValueError(f"parameters: expected matrices, got shape {tuple(p.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(torch.lerp(p.grad, average, group["momentum"]))  # Nesterov
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for embeddings and norms."""
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        (matrices if p.dim() == 2 and name.startswith("layers.") else rest).append(p)
+    return [Muon(matrices, lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0)]

@@ -1,0 +1,116 @@
+"""How each shipped model is trained: sizes, stages, learning rate, data."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .decoder import DecoderConfig
+from .mixture import Mixture
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """``steps`` batches of ``rows`` sequences of ``length`` tokens, made by ``mixture``."""
+
+    length: int
+    rows: int
+    steps: int
+    mixture: Mixture = Mixture()
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A training run. ``kind``: ``"decoder"`` (next token) or ``"encoder"`` (masked tokens).
+
+    The learning rate rises over ``warmup`` steps, stays, and falls linearly to zero over the last
+    ``decay`` of all steps. Batches are drawn from ``seed`` and the step number alone.
+    """
+
+    name: str
+    kind: str
+    config: DecoderConfig
+    stages: tuple[Stage, ...]
+    lr: float = 3e-3
+    warmup: int = 60
+    decay: float = 0.25
+    seed: int = 1
+    eval_every: int = 200
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def tokens(self) -> int:
+        return sum(stage.steps * stage.rows * stage.length for stage in self.stages)
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage that step number ``step`` belongs to."""
+        first = 0
+        for stage in self.stages:
+            first += stage.steps
+            if step < first:
+                return stage
+        raise ValueError(f"step: expected 0 to {self.steps - 1}, got {step}")
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of step number ``step``."""
+        falling = (self.steps - step) / (self.decay * self.steps)
+        return self.lr * min(1.0, (step + 1) / self.warmup, falling)
+
+    def past(self, done: int) -> list[tuple]:
+        """What decided the first ``done`` steps."""
+        stages = [dataclasses.replace(self.stage_at(s), steps=0) for s in range(done)]
+        return [(stage, self.lr_at(s)) for s, stage in enumerate(stages)]
+
+
+def from_dict(stored: dict) -> Recipe:
+    """The recipe that ``dataclasses.asdict`` took apart."""
+    parts = dict(stored)
+    parts["config"] = DecoderConfig(**parts["config"])
+    parts["stages"] = tuple(
+        Stage(**{**stage, "mixture": Mixture(**stage["mixture"])}) for stage in parts["stages"]
+    )
+    return Recipe(**parts)
+
+
+# Copying of repeated stretches is what passkey and MQAR are built from: when the first 500 steps
+# had not brought it, its share was raised.
+COPY_FIRST = Mixture(passkey=0.06, mqar=0.06, repeats=0.22)
+COPYING_LEARNT = Mixture(passkey=0.10, mqar=0.08, repeats=0.04)
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "text_lm",
+            "decoder",
+            DecoderConfig(),
+            (
+                Stage(256, 16, 564, Mixture(repeated_text=0.0)),
+                Stage(256, 16, 500, COPY_FIRST),
+                Stage(512, 8, 450, COPYING_LEARNT),
+                Stage(1024, 4, 350, COPYING_LEARNT),
+                Stage(2048, 4, 300, COPYING_LEARNT),
+            ),
+        ),
+        Recipe(
+            "draft_lm",
+            "decoder",
+            DecoderConfig(width=128, layers=2, heads=2, kv_heads=1, head_width=64, hidden=352),
+            (
+                Stage(256, 16, 1200, COPY_FIRST),
+                Stage(512, 8, 500, COPYING_LEARNT),
+                Stage(2048, 2, 300, COPYING_LEARNT),
+            ),
+            seed=2,
+        ),
+        Recipe(
+            "encoder",
+            "encoder",
+            DecoderConfig(width=192, layers=4, heads=3, kv_heads=3, hidden=512, context=1024),
+            (Stage(256, 16, 1500), Stage(1024, 4, 500)),
+            seed=3,
+        ),
+    )
+}
