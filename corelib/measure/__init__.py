@@ -10,6 +10,7 @@ import importlib
 
 from .gradients import forward_backward
 from .hardware import A100, H100, HardwareSpec, ModelledTime, roofline, this_machine
+from .io_meter import IOCount, count_io, io_meter
 from .machine import machine
 from .memory import peak_memory
 from .progress import progress
@@ -17,19 +18,21 @@ from .race import Missing, Race, format_seconds, race
 from .scaling import Exponent, Sweep, fit_exponent, sweep
 
 _FROM_RACES = ("Row", "peer", "register", "registered", "rows")
-_FROM_IO_METER = ("io_meter", "count_io")
 __all__ = [
     "A100",
     "Exponent",
     "H100",
     "HardwareSpec",
+    "IOCount",
     "Missing",
     "ModelledTime",
     "Race",
     "Sweep",
+    "count_io",
     "fit_exponent",
     "format_seconds",
     "forward_backward",
+    "io_meter",
     "machine",
     "peak_memory",
     "progress",

@@ -24,7 +24,7 @@ from .display import display_bundle, has_kernel
 from .style import missing_labels, paper, png_bytes
 
 MOST_FRAMES = 24
-FRAME_DPI = 110
+FRAME_DPI, FRAME_COLOURS = 110, 128
 
 # Runs once for every copy of the explorer in the page. Frame 0 is the image that is there.
 SCRIPT = """
@@ -106,7 +106,7 @@ class Explorer:
         missing = missing_labels(figure)
         if missing:
             raise ValueError(f"explore: the figure for {chosen} lacks {' and '.join(missing)}")
-        return png_bytes(figure, FRAME_DPI)
+        return png_bytes(figure, FRAME_DPI, FRAME_COLOURS)
 
     def index(self, **values: Any) -> int:
         """The number of the frame for these slider values."""
@@ -190,7 +190,7 @@ def _slider_row(name: str, slider: dict) -> str:
         f'<div style="{ROW}"><label for="{name}">{label}</label>'
         f'<input id="{name}" type="range" min="0" max="{last}" step="1" value="0" '
         f'autocomplete="off" aria-valuetext="{first}" style="{INPUT}">'
-        f'<output for="{name}" aria-hidden="true">{first}</output></div>'
+        f'<output for="{name}" aria-hidden="true" style="min-width:3.5em">{first}</output></div>'
     )
 
 

@@ -25,20 +25,8 @@ SWEEP = Sweep(
 )
 WEIGHTS = torch.tensor([[1.0, 0.0], [0.25, 0.75]], dtype=torch.bfloat16)
 ROWS = [
-    {
-        "kernel": "_forward",
-        "label": "fp16 D64",
-        "direction": "forward",
-        "target": "sm_90",
-        "registers": 168,
-        "spills": 0,
-        "shared": 65536,
-        "occupancy": 0.25,
-        "matrix_instructions": {"HGMMA": 12},
-        "dots": 2,
-        "status": "compiled for sm_90",
-    },
-    {"kernel": "_merge<x>", "direction": "forward", "target": "sm_80", "spills": 8},
+    {"kernel": "split._merge<x>", "target": "sm_80", "registers": "40–96", "spills": "0"},
+    {"kernel": "split._forward", "target": "sm_90", "registers": "168", "spills": "8"},
 ]
 
 
@@ -217,7 +205,7 @@ def test_bars_write_their_values():
         (lambda: f.roofline_plot(H100, {}, title="t", dtype="int2"), "no peak for dtype"),
         (lambda: f.bars({}, title="t", xlabel="x"), "at least one value"),
         (lambda: f.bars({"a": 1}, title="t", xlabel="x", highlight="b"), "highlight must be"),
-        (lambda: f.kernel_card(ROWS, kernel="nothing"), r"there are \['_forward', '_merge<x>'\]"),
+        (lambda: f.kernel_card(rows=ROWS, targets=["gfx9"]), r"there are \['sm_80', 'sm_90'\]"),
     ],
 )
 def test_bad_input(make, message):
@@ -226,14 +214,20 @@ def test_bad_input(make, message):
 
 
 def test_kernel_card_as_html_and_text():
-    card = f.kernel_card(ROWS, title="Card & more")
+    card = f.kernel_card(rows=ROWS, title="Card & more")
     page, text = card._repr_html_(), repr(card)
-    assert "<caption>Card &amp; more</caption>" in page and "_merge&lt;x&gt;" in page
-    assert "64 KiB" in page and "12 HGMMA" in page and "25%" in page and "8 B" in page
-    assert "| _forward (fp16 D64) | forward | sm_90 | 168 | none |" in text
-    assert page.count("<tr>") == 3 and 'scope="col"' in page
-    assert len(f.kernel_card(ROWS, targets=["sm_80"]).cells) == 1
-    assert len(f.kernel_card(ROWS, kernel="forward").cells) == 1
+    assert "<caption>Card &amp; more</caption>" in page and "<td>split._merge&lt;x&gt;</td>" in page
+    assert page.count("<tr>") == 3 and '<th scope="col">registers</th>' in page
+    assert "| kernel | target | registers | spills |" in text
+    assert "| split._forward | sm_90 | 168 | 8 |" in text
+    assert [row["target"] for row in f.kernel_card(rows=ROWS, targets=["sm_90"]).rows] == ["sm_90"]
+
+
+def test_kernel_card_reads_the_shipped_report():
+    card = f.kernel_card("split_kv_decode", targets=["sm_90"])
+    assert {row["target"] for row in card.rows} == {"sm_90"} and "registers" in card.columns
+    with pytest.raises(ValueError, match="got 'no_such_kernel'"):
+        f.kernel_card("no_such_kernel")
 
 
 def _plain(**labels):

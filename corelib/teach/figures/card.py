@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-COLUMNS = (
-    "kernel",
-    "direction",
-    "target",
-    "registers",
-    "spills",
-    "shared memory",
-    "occupancy",
-    "matrix instructions",
-    "status",
-)
 
 
 class KernelCard:
-    """Rows of the kernel report, shown as an HTML table and as Markdown in plain text."""
+    """Rows of the report card, shown as an HTML table, and as Markdown in plain text."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], title: str):
-        self.title = title
-        self.cells = [_cells(row) for row in rows]
+    def __init__(self, rows: Sequence[Mapping[str, str]], title: str):
+        self.title, self.rows = title, list(rows)
+        self.columns = list(self.rows[0])
 
     def _repr_html_(self) -> str:
-        head = "".join(f'<th scope="col">{column}</th>' for column in COLUMNS)
+        head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in self.columns)
         body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
-            for cells in self.cells
+            "<tr>"
+            + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row.values())
+            + "</tr>"
+            for row in self.rows
         )
         return (
             '<div class="kernel-card" style="overflow-x:auto"><table>'
@@ -39,58 +28,36 @@ class KernelCard:
         )
 
     def __repr__(self) -> str:
-        lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
-        lines += [" | ".join(cells) for cells in self.cells]
-        return "\n".join([self.title, "", *(f"| {line} |" for line in lines)])
+        lines = [self.columns, ["---"] * len(self.columns), *(row.values() for row in self.rows)]
+        body = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+        return f"{self.title}\n\n{body}"
 
 
 def kernel_card(
-    rows: Sequence[Mapping[str, Any]],
+    module: str | None = None,
     *,
-    title: str = "What the compiler made of it",
-    kernel: str | None = None,
     targets: Sequence[str] | None = None,
+    title: str = "What the compiler made of it (compiled offline)",
+    rows: Sequence[Mapping[str, str]] | None = None,
 ) -> KernelCard:
-    """The report's rows as a table, the last expression of a cell.
+    """The shipped report card as a table: the last expression of a cell.
 
     Args:
-        rows: of ``corelib.kernels.report``.
+        module: a kernel module such as ``"flash_attention"``; by default all.
+        targets: only these architectures, such as ``["sm_90"]``.
         title: the table's caption.
-        kernel: only rows of the kernels whose name or module contains this.
-        targets: only these architectures.
+        rows: rows to show, all with the same columns, instead of
+            `corelib.kernels.report.summary`.
 
     Raises:
-        ValueError: no row is left.
+        ValueError: no such module, or no row is left.
     """
-    chosen = [
-        row
-        for row in rows
-        if (kernel is None or kernel in f"{row.get('module', '')} {row.get('kernel', '')}")
-        and (targets is None or row.get("target") in targets)
-    ]
+    if rows is None:
+        from ...kernels.report import summary
+
+        rows = summary(module)
+    chosen = [row for row in rows if targets is None or row["target"] in targets]
     if not chosen:
-        known = sorted({str(row.get("kernel")) for row in rows})
-        raise ValueError(f"no row for kernel {kernel!r} and targets {targets}: there are {known}")
+        known = sorted({row["target"] for row in rows})
+        raise ValueError(f"no row is left for targets {targets}: there are {known}")
     return KernelCard(chosen, title)
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    """The texts of one row; a dash where the report says nothing."""
-    label = row.get("label")
-    name = f"{row.get('kernel', '–')} ({label})" if label else str(row.get("kernel", "–"))
-    instructions = row.get("matrix_instructions")
-    if isinstance(instructions, Mapping):
-        instructions = ", ".join(f"{count} {name}" for name, count in instructions.items())
-    occupancy = row.get("occupancy")
-    shared = row.get("shared")
-    return [
-        name,
-        str(row.get("direction", "–")),
-        str(row.get("target", "–")),
-        str(row.get("registers", "–")),
-        "–" if row.get("spills") is None else f"{row['spills']} B" if row["spills"] else "none",
-        "–" if shared is None else f"{shared / 1024:.0f} KiB",
-        "–" if occupancy is None else f"{occupancy:.0%}",
-        instructions or ("none" if row.get("dots") else "no dot in it"),
-        str(row.get("status") or "; ".join(row.get("problems") or ()) or "–"),
-    ]
