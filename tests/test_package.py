@@ -204,6 +204,15 @@ def imported(tree: ast.Module, path: pathlib.Path) -> set[str]:
     return found
 
 
+def test_relative_imports_are_resolved():
+    tree = ast.parse("from ..teach import claim\nfrom . import masks\nimport torch.nn")
+    found = imported(tree, ROOT / "corelib/primitives/attention.py")
+    assert {"corelib.teach.claim", "corelib.primitives.masks", "torch.nn"} <= found
+    assert "corelib.kernels.gates" in imported(
+        ast.parse("from . import gates"), ROOT / "kernels/x.py"
+    )
+
+
 # Which room may not reach into which (the folders are explained in the README).
 NOT_FROM = {
     "kernels": ("corelib.teach", "corelib.models", "corelib.hf", "transformers"),
@@ -264,6 +273,7 @@ def wheel(copy, tmp_path_factory) -> pathlib.Path:
     return next(out.glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_wheel_holds_everything_and_no_top_level_kernels(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for source in (ROOT / "kernels").rglob("*.py"):
@@ -289,6 +299,7 @@ print(pathlib.Path(corelib.kernels.__file__).parent)
 """
 
 
+@pytest.mark.slow
 def test_wheel_installs_and_works(wheel, tmp_path):
     target = tmp_path / "target"
     options = ["--no-deps", "--no-index", "--no-compile", "--quiet"]
@@ -298,6 +309,7 @@ def test_wheel_installs_and_works(wheel, tmp_path):
     assert where == [str(target / "corelib"), str(target / "corelib/kernels")]
 
 
+@pytest.mark.slow
 def test_strict_editable_install_works(copy, tmp_path):
     """setuptools' own hook makes the tree of links that `pip install -e` would put on the path."""
     build = (
