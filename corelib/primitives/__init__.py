@@ -1,17 +1,65 @@
-"""What two or more families share. Everything here needs torch only."""
+"""What two or more families share. Everything here needs torch only.
 
+Masks keep their short names to themselves: ``from corelib.primitives import masks`` and then
+``masks.causal() & masks.sliding_window(64)``.
+"""
+
+from . import masks
 from .attention import (
     attention,
     attention_reference,
     masked_attention_reference,
     visible_keys,
 )
+from .masks import Mask
 from .merge import merge_partials
+from .rope import (
+    dynamic_ntk_frequencies,
+    half_split_to_interleaved,
+    interleaved_to_half_split,
+    linear_frequencies,
+    llama3_frequencies,
+    ntk_frequencies,
+    rope_frequencies,
+    rope_half_split,
+    rope_interleaved,
+    yarn_attention_factor,
+    yarn_frequencies,
+)
+from .varlen import (
+    cumulative_lengths,
+    pack,
+    restarting_positions,
+    sequence_ids,
+    unpack,
+    varlen_attention,
+    varlen_visible_keys,
+)
 
 __all__ = [
+    "Mask",
     "attention",
     "attention_reference",
+    "cumulative_lengths",
+    "dynamic_ntk_frequencies",
+    "half_split_to_interleaved",
+    "interleaved_to_half_split",
+    "linear_frequencies",
+    "llama3_frequencies",
     "masked_attention_reference",
+    "masks",
     "merge_partials",
+    "ntk_frequencies",
+    "pack",
+    "restarting_positions",
+    "rope_frequencies",
+    "rope_half_split",
+    "rope_interleaved",
+    "sequence_ids",
+    "unpack",
+    "varlen_attention",
+    "varlen_visible_keys",
     "visible_keys",
+    "yarn_attention_factor",
+    "yarn_frequencies",
 ]

@@ -1,0 +1,51 @@
+"""The plan covers every visible key of every row exactly once, and nothing else."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corelib.primitives import visible_keys
+from corelib.primitives._cpu_plan import plan
+
+
+def rendered(groups, L, S):
+    count = torch.zeros(L, S, dtype=torch.int)
+    for group in groups:
+        rows = group.stop - group.start
+        i = torch.arange(rows)[:, None]
+        for part in group.parts:
+            j = torch.arange(part.stop - part.start)[None, :]
+            reach = part.stop - part.start - rows
+            seen = {
+                "full": (j == j) & (i == i),
+                "causal": j <= i,
+                "anticausal": j >= i,
+                "band": (i <= j) & (j <= i + reach),
+            }[part.pattern]
+            if part.pattern in ("causal", "anticausal"):
+                assert reach == 0, "a triangle is square"
+            count[group.start : group.stop, part.start : part.stop] += seen.int()
+    return count
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    L=st.integers(0, 24),
+    S=st.integers(0, 24),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 30),
+    sinks=st.integers(0, 30),
+)
+def test_parts_make_up_the_mask(L, S, causal, window, sinks):
+    count = rendered(plan(L, S, causal=causal, window=window, sinks=sinks), L, S)
+    visible = visible_keys(L, S, causal=causal, window=window, sinks=sinks)
+    assert torch.equal(count, visible.int())
+
+
+def test_plain_attention_is_one_part():
+    """One kernel call and no copying where PyTorch's own function would need none."""
+    for causal, pattern in ((True, "causal"), (False, "full")):
+        ((start, stop, parts),) = plan(9, 9, causal=causal, window=None, sinks=0)
+        assert (start, stop) == (0, 9) and parts == ((pattern, 0, 9),)
+    ((_, _, parts),) = plan(1, 9, causal=True, window=None, sinks=0)
+    assert parts == (("full", 0, 9),)
