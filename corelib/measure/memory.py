@@ -57,10 +57,9 @@ class _LiveStorages(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = tree_leaves((args, kwargs or {}))
-        self._see(given, existed=True)
+        self._see(tree_leaves((args, kwargs or {})), existed=True)
         out = func(*args, **(kwargs or {}))
-        self._see([*tree_leaves(out), *given], existed=False)  # given: out= may have been resized
+        self._see(tree_leaves(out), existed=False)  # out= tensors, which may have grown, as well
         self.peak = max(self.peak, self.now)
         return out
 
