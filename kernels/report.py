@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
-import importlib
 import json
 import pathlib
 import sys
@@ -32,14 +31,26 @@ _EMPTY: dict[str, Any] = {"triton": "", "modules": {}, "rows": []}
 
 
 def kernel_modules() -> list[str]:
-    """Names (without ``corelib.kernels.``) of the modules that declare ``SPECIALISATIONS``."""
-    names = sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith("_"))
-    return [
-        name
-        for name in names
-        if name != "report"
-        and hasattr(importlib.import_module(f"corelib.kernels.{name}"), "SPECIALISATIONS")
-    ]
+    """Names of the operations: the modules that declare ``SPECIALISATIONS``.
+
+    ``<op>_backward`` is a part of ``<op>``, not an operation of its own.
+    """
+    declaring = {path.stem for path in HERE.glob("*.py") if _declares(path.stem)}
+    backward = {f"{name}_backward" for name in declaring}
+    return sorted(declaring - backward)
+
+
+def parts(operation: str) -> list[str]:
+    """The modules of an operation: its own and, where there is one, its backward's."""
+    names = operation, f"{operation}_backward"
+    return [name for name in names if (HERE / f"{name}.py").exists()]
+
+
+def _declares(name: str) -> bool:
+    """Whether a kernel module has SPECIALISATIONS; from its text, so that nothing is imported."""
+    tree = ast.parse((HERE / f"{name}.py").read_text(encoding="utf-8"))
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    return any(ast.unparse(node.targets[0]) == "SPECIALISATIONS" for node in assigned)
 
 
 def rows(module: str | None = None) -> list[dict[str, Any]]:
@@ -76,7 +87,7 @@ def stale(report: dict[str, Any] | None = None) -> list[str]:
 def source_hash(module: str) -> str:
     """Of a kernel module, of the kernel modules that it imports, and of the compile gate."""
     seen: dict[str, str] = {}
-    waiting = [module]
+    waiting = parts(module)
     while waiting:
         name = waiting.pop()
         if name not in seen and (path := HERE / f"{name}.py").exists():
@@ -93,8 +104,10 @@ def _imported(source: str) -> Iterator[str]:
         if isinstance(node, ast.Import):
             dotted = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            parent = "corelib.kernels." * bool(node.level) + (node.module or "")
-            dotted = [parent.rstrip(".")] + [f"{parent}.{alias.name}" for alias in node.names]
+            parent = ".".join(["corelib.kernels"] * bool(node.level) + [node.module or ""]).rstrip(
+                "."
+            )
+            dotted = [parent] + [f"{parent}.{alias.name}" for alias in node.names]
         else:
             continue
         for name in dotted:
@@ -189,12 +202,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="with --update: for everything")
     parser.add_argument("--jobs", type=int, default=2, help="targets compiled at once")
     chosen = parser.parse_args(argv)
+    refused = False
     if chosen.update or chosen.force:
         from corelib.kernels.gates.refresh import update
 
-        update(force=chosen.force, jobs=chosen.jobs)
+        report = update(force=chosen.force, jobs=chosen.jobs)
+        refused = any(row["problems"] for row in report["rows"])
+        refused |= not all(module["interpreted"] for module in report["modules"].values())
     print(json.dumps(rows(chosen.module), indent=1) if chosen.json else table(chosen.module))
-    return int(any(row["problems"] for row in rows(chosen.module)))
+    return int(refused)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from corelib.kernels.gates.interpreter import interpreting, resolve
 from torch import Tensor
+
+from corelib.kernels.gates.interpreter import interpreting, resolve
 
 _ALLOCATORS = [
     (torch, "empty"),

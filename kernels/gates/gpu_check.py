@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from corelib.kernels.gates.refresh import tests_pass, write
 from corelib.kernels.report import SHIPPED, read, stale
 
@@ -49,8 +50,9 @@ def check(module: str, report: dict[str, Any]) -> bool:
 
 def attention_race(device: str, length: int) -> dict[str, float]:
     """Causal GQA attention forward: median seconds of the kernel, SDPA and flex_attention."""
-    from corelib.kernels.flash_attention import flash_attention
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    from corelib.kernels.flash_attention import flash_attention
 
     q, k, v = _inputs(device, length, length)
     causal = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device)

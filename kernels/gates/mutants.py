@@ -26,14 +26,8 @@ from dataclasses import dataclass
 KINDS = ("mask", "where", "stride", "rescale", "scale", "bound", "comparison", "range")
 
 _WORKER = "from corelib.kernels.gates.mutant_worker import serve; serve()"
-_OFF_BY_ONE = {
-    ast.Lt: "<=",
-    ast.LtE: "<",
-    ast.Gt: ">=",
-    ast.GtE: ">",
-    ast.Eq: "!=",
-    ast.NotEq: "==",
-}
+_OFF_BY_ONE = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
+_OFF_BY_ONE |= {ast.Eq: "!=", ast.NotEq: "=="}
 _TURNED = {ast.Lt: ">", ast.LtE: ">=", ast.Gt: "<", ast.GtE: "<="}
 
 
@@ -156,7 +150,9 @@ class _Finder:
 
     def __init__(self, source: str, function: ast.FunctionDef):
         self.source, self.function = source, function
-        self.parameters = {argument.arg for argument in function.args.args}
+        names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+        changed = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+        self.parameters = {argument.arg for argument in function.args.args} - changed
         lengths = [len(line) for line in source.encode().splitlines(keepends=True)]
         self.line_starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
 
@@ -204,24 +200,25 @@ class _Finder:
         """A running value multiplied by something: ``x *= y``, ``x = x * y + z``, and in a dot."""
         if isinstance(node, ast.AugAssign):
             if isinstance(node.op, ast.Mult):
-                kind = "scale" if "scale" in self._text(node.value) else "rescale"
+                kind = "scale" if _is_scale(node.value) else "rescale"
                 yield self._mutant(kind, node.value, "1.0")
             return
         targets = {name.id for name in ast.walk(node.targets[0]) if isinstance(name, ast.Name)}
         for product in ast.walk(node.value):
             if isinstance(product, ast.BinOp) and isinstance(product.op, ast.Mult):
-                for kept in (product.left, product.right):
-                    if isinstance(kept, ast.Name) and kept.id in targets:
+                sides = (product.left, product.right), (product.right, product.left)
+                for kept, other in sides:
+                    running = isinstance(kept, ast.Name) and kept.id in targets
+                    if running and not _is_scale(other):
                         yield self._mutant("rescale", product, kept.id)
 
     def _product(self, node: ast.BinOp) -> Iterator[Mutant]:
         for factor, other in ((node.right, node.left), (node.left, node.right)):
-            name = factor.id if isinstance(factor, ast.Name) else ""
-            if name.startswith("scale") or name.endswith("scale"):
+            if _is_scale(factor):
                 yield self._mutant("scale", node, f"({self._text(other)})")
                 return
-            if name in self.parameters:
-                yield self._mutant("stride", factor, f"({name} + 1)")
+            if isinstance(factor, ast.Name) and factor.id in self.parameters:
+                yield self._mutant("stride", factor, f"({factor.id} + 1)")
                 return
 
     def _mutant(self, kind: str, node: ast.expr, after: str) -> Mutant:
@@ -234,9 +231,13 @@ class _Finder:
         return ast.get_source_segment(self.source, node)
 
 
+def _is_scale(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and ("_scale" in node.id or node.id.startswith("scale"))
+
+
 def _is_kernel(function: ast.FunctionDef) -> bool:
-    return any(ast.unparse(item).split("(")[0] in ("jit", "triton.jit") for item in
-               function.decorator_list)  # fmt: skip
+    names = (ast.unparse(item).partition("(")[0] for item in function.decorator_list)
+    return any(name in ("jit", "triton.jit") for name in names)
 
 
 def _source(module: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from corelib.kernels.gates.compile import compile_module
 from corelib.kernels.gates.specialisation import TARGETS
-from corelib.kernels.report import SHIPPED, kernel_modules, read, source_hash, stale
+from corelib.kernels.report import SHIPPED, kernel_modules, parts, read, source_hash, stale
 
 ROOT = SHIPPED.parent.parent
 
@@ -75,9 +75,12 @@ def tests_pass(name: str, options: Sequence[str] = (), **environment: str) -> bo
 
 
 def _compiled(name: str, jobs: int) -> list[dict[str, Any]]:
+    jobs_to_do = [
+        (f"corelib.kernels.{part}", [target]) for part in parts(name) for target in TARGETS
+    ]
     with ThreadPoolExecutor(jobs) as pool:
-        found = pool.map(lambda t: compile_module(f"corelib.kernels.{name}", [t]), TARGETS)
-        return [{"module": name, **row} for part in found for row in part]
+        found = pool.map(lambda job: compile_module(*job), jobs_to_do)
+        return [{"module": name, **row} for done in found for row in done]
 
 
 def _order(row: dict[str, Any]) -> tuple:
