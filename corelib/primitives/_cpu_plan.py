@@ -8,14 +8,18 @@ is a range of rows and the parts whose disjoint key ranges make up what these ro
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
+
+SMALL_MASK = 1 << 18  # numbers in a mask that costs less than merging two parts
 
 
 class Part(NamedTuple):
     """Keys ``start:stop`` as seen by the rows of its group.
 
     pattern: ``full`` (all), ``causal`` (row i of the group sees the first i + 1 keys),
-    ``anticausal`` (all but the first i keys) or ``band`` (keys i to i + stop - start - rows).
+    ``anticausal`` (all but the first i keys), ``band`` (keys i to i + stop - start - rows) or
+    ``shifted`` (the first keys up to i + stop - start - rows).
     """
 
     pattern: str
@@ -31,7 +35,8 @@ class Group(NamedTuple):
     parts: tuple[Part, ...]
 
 
-def plan(L: int, S: int, *, causal: bool, window: int | None, sinks: int) -> list[Group]:
+@lru_cache(maxsize=1024)
+def plan(L: int, S: int, *, causal: bool, window: int | None, sinks: int) -> tuple[Group, ...]:
     """The groups, in the order of their rows; rows in no group see nothing.
 
     In positions ``p = i + S - L``, a row sees ``[p - left, p + right]`` and the first ``n`` keys
@@ -40,7 +45,7 @@ def plan(L: int, S: int, *, causal: bool, window: int | None, sinks: int) -> lis
     the window is cut off by the last key.
     """
     if S == 0 or L == 0:
-        return []
+        return ()
     offset = S - L
     left = L + S if window is None else min(window - 1, L + S)
     right = 0 if causal else left
@@ -65,17 +70,19 @@ def plan(L: int, S: int, *, causal: bool, window: int | None, sinks: int) -> lis
     else:
         groups.append((middle, last, sink + [Part("band", middle - left, last + right)]))
     groups.append((last, S, sink + _suffix(last, S, left)))
-    return [
+    return tuple(
         Group(a - offset, b - offset, tuple(p for p in parts if p.start < p.stop))
         for a, b, parts in groups
         if a < b
-    ]
+    )
 
 
 def _prefix(a: int, b: int, right: int) -> list[Part]:
     """Rows at positions a to b see all keys up to their own right end."""
     if b - a == 1:
         return [Part("full", 0, b + right)]
+    if a + right > 0 and (b - a) * (b + right) <= SMALL_MASK:
+        return [Part("shifted", 0, b + right)]
     return [Part("full", 0, a + right), Part("causal", a + right, b + right)]
 
 

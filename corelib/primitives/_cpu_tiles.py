@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._flash import backward_op, forward_op
+from ._flash import additive, backward_op, forward_op
 
 GRADIENT_NUMBERS = 1 << 20  # bounds the numbers in the overlapping key gradients of one call
 
@@ -129,5 +129,4 @@ def _mask(rows: int, reach: int, like: Tensor) -> Tensor:
     """Additive mask of a tile ``(rows, rows + reach)``: 0 on the band, -inf beside it."""
     i = torch.arange(rows)[:, None]
     j = torch.arange(rows + reach)[None, :]
-    visible = (i <= j) & (j <= i + reach)
-    return torch.zeros(rows, rows + reach, dtype=like.dtype).masked_fill(~visible, -torch.inf)
+    return additive((i <= j) & (j <= i + reach), like)

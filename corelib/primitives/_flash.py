@@ -16,12 +16,12 @@ backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backwar
 
 
 def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``; ``causal`` is aligned with the first key."""
+    """``(out, lse)``; ``causal`` is aligned with the first key, ``mask (L, S)`` is additive."""
     B, H, L, D = q.shape
     q, k, v = _spread_groups(q, k, v)
-    out, lse = forward_op(q, k, v, 0.0, causal, scale=scale)
+    out, lse = forward_op(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     return out.reshape(B, H, L, D), lse.reshape(B, H, L)
 
 
@@ -35,14 +35,21 @@ def flash_backward(
     scale: float,
     *,
     causal: bool,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k``, ``v``, given the final ``out`` and ``lse`` of each row."""
     q_shape, k_shape = q.shape, k.shape
     q, k, v, grad_out, out, lse = _spread_groups(q, k, v, grad_out, out, lse)
-    dq, dk, dv = backward_op(grad_out, q, k, v, out, lse, 0.0, causal, scale=scale)
+    dq, dk, dv = backward_op(grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
     if dk.shape != k_shape:  # one gradient per query head
         dk, dv = dk.sum(1), dv.sum(1)
     return dq.reshape(q_shape), dk.reshape(k_shape), dv.reshape(k_shape)
+
+
+def additive(visible: Tensor, like: Tensor) -> Tensor:
+    """A boolean mask as the kernel wants it: 0 where visible, -inf elsewhere."""
+    zeros = torch.zeros(visible.shape, dtype=like.dtype)
+    return zeros.masked_fill(~visible, -torch.inf)
 
 
 def _spread_groups(q: Tensor, k: Tensor, v: Tensor, *per_query: Tensor) -> list[Tensor]:

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ._cpu_plan import Group, Part, plan
 from ._cpu_tiles import band_backward, band_forward
-from ._flash import flash_backward, flash_forward
+from ._flash import additive, flash_backward, flash_forward
 from .merge import merge_partials
 
 
@@ -37,7 +37,9 @@ def cpu_attention(
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of checked CPU tensors in the layout and by the rules of ``attention``."""
     groups = plan(q.shape[2], k.shape[2], causal=causal, window=window, sinks=sinks)
-    return _CPUAttention.apply(q, k, v, groups, scale)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _CPUAttention.apply(q, k, v, groups, scale)
+    return _forward(q, k, v, groups, scale)
 
 
 class _CPUAttention(torch.autograd.Function):
@@ -62,7 +64,7 @@ class _CPUAttention(torch.autograd.Function):
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, groups: list[Group], scale: float
+    q: Tensor, k: Tensor, v: Tensor, groups: tuple[Group, ...], scale: float
 ) -> tuple[Tensor, Tensor]:
     B, H, L, D = q.shape
     V = v.shape[-1]
@@ -100,14 +102,14 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    groups: list[Group],
+    groups: tuple[Group, ...],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     L, S, D, V = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
     grad_out, out, extra = _with_lse_columns(grad_out, grad_lse, out)
     q, k, v, out, grad_out = (_widen(x, max(D, V + extra)) for x in (q, k, v, out, grad_out))
     whole = len(groups) == 1 and groups[0] in [
-        Group(0, L, (Part(pattern, 0, S),)) for pattern in ("full", "causal")
+        Group(0, L, (Part(pattern, 0, S),)) for pattern in ("full", "causal", "shifted")
     ]
     if whole:
         pattern = groups[0].parts[0].pattern
@@ -165,15 +167,31 @@ def _anticausal_backward(grad_out, q, k, v, out, lse, scale):
     return [x.flip(2) for x in flash_backward(*flipped, scale, causal=True)]
 
 
+def _shifted_mask(q: Tensor, k: Tensor) -> Tensor:
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None, :]
+    return additive(j <= i + k.shape[2] - q.shape[2], q)
+
+
+def _shifted_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return flash_forward(q, k, v, scale, causal=False, mask=_shifted_mask(q, k))
+
+
+def _shifted_backward(grad_out, q, k, v, out, lse, scale):
+    mask = _shifted_mask(q, k)
+    return flash_backward(grad_out, q, k, v, out, lse, scale, causal=False, mask=mask)
+
+
 _FORWARD = {
     "full": lambda *args: flash_forward(*args, causal=False),
     "causal": lambda *args: flash_forward(*args, causal=True),
     "anticausal": _anticausal_forward,
     "band": band_forward,
+    "shifted": _shifted_forward,
 }
 _BACKWARD = {
     "full": lambda *args: flash_backward(*args, causal=False),
     "causal": lambda *args: flash_backward(*args, causal=True),
     "anticausal": _anticausal_backward,
     "band": band_backward,
+    "shifted": _shifted_backward,
 }

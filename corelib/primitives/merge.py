@@ -38,7 +38,9 @@ def merge_partials(
     weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)
     total = (weight_a + weight_b).masked_fill(empty, 1.0)
     lse = (top + torch.log(total)).masked_fill(empty, -torch.inf)
-    out = (weight_a / total)[..., None] * out_a + (weight_b / total)[..., None] * out_b
+    share = (weight_a / total)[..., None]
+    wide = torch.promote_types(out_a.dtype, lse.dtype)
+    out = torch.lerp(out_b.to(wide), out_a.to(wide), share.to(wide))
     return out.to(out_a.dtype), lse
 
 

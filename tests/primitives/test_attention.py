@@ -17,6 +17,7 @@ from corelib.primitives import (
     merge_partials,
     visible_keys,
 )
+from corelib.primitives._cpu_plan import plan
 
 F64 = torch.float64
 
@@ -101,7 +102,10 @@ PATTERNS = [
 
 @pytest.mark.parametrize("options", PATTERNS, ids=lambda o: "-".join(map(str, o.values())))
 @pytest.mark.parametrize("L, S", [(1, 1), (1, 63), (63, 63), (100, 37), (37, 100)])
-def test_equals_reference(options, L, S):
+@pytest.mark.parametrize("small_mask", [1 << 18, 0], ids=["masked", "merged"])
+def test_equals_reference(options, L, S, small_mask, monkeypatch):
+    monkeypatch.setattr("corelib.primitives._cpu_plan.SMALL_MASK", small_mask)
+    plan.cache_clear()
     tensors = inputs(B=2, H=4, G=2, L=L, S=S, D=4, V=6)
     ours = results_and_gradients(attention, tensors, **options)
     assert_same(ours, results_and_gradients(attention_reference, tensors, **options))

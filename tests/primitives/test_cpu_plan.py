@@ -1,5 +1,6 @@
 """The plan covers every visible key of every row exactly once, and nothing else."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ def rendered(groups, L, S):
                 "causal": j <= i,
                 "anticausal": j >= i,
                 "band": (i <= j) & (j <= i + reach),
+                "shifted": j <= i + reach,
             }[part.pattern]
             if part.pattern in ("causal", "anticausal"):
                 assert reach == 0, "a triangle is square"
@@ -28,7 +30,8 @@ def rendered(groups, L, S):
     return count
 
 
-@settings(max_examples=200, deadline=None)
+@pytest.mark.parametrize("small", [0, 100])
+@settings(max_examples=150, deadline=None)
 @given(
     L=st.integers(0, 24),
     S=st.integers(0, 24),
@@ -36,8 +39,12 @@ def rendered(groups, L, S):
     window=st.none() | st.integers(1, 30),
     sinks=st.integers(0, 30),
 )
-def test_parts_make_up_the_mask(L, S, causal, window, sinks):
-    count = rendered(plan(L, S, causal=causal, window=window, sinks=sinks), L, S)
+def test_parts_make_up_the_mask(small, L, S, causal, window, sinks):
+    """``small`` decides whether a short stretch of rows is one masked part or two merged ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("corelib.primitives._cpu_plan.SMALL_MASK", small)
+        groups = plan.__wrapped__(L, S, causal=causal, window=window, sinks=sinks)
+    count = rendered(groups, L, S)
     visible = visible_keys(L, S, causal=causal, window=window, sinks=sinks)
     assert torch.equal(count, visible.int())
 
