@@ -36,9 +36,9 @@ def update(*, force: bool = False, jobs: int = 2, path: pathlib.Path = SHIPPED) 
         report["modules"].pop(name, None)
         if name in present:
             print(f"· {name}: compiling for {', '.join(TARGETS)}", file=sys.stderr, flush=True)
+            read_before = source_hash(name)  # an edit meanwhile makes it stale again
             report["rows"] += _compiled(name, jobs)
-            entry = {"hash": source_hash(name), "interpreted": False, "runs": []}
-            report["modules"][name] = entry
+            report["modules"][name] = {"hash": read_before, "interpreted": False, "runs": []}
             write(report, path)
     for name, entry in report["modules"].items():
         if not entry["interpreted"]:
