@@ -138,13 +138,13 @@ def mqar(
 def induction(
     batch: int, length: int, *, vocab: int, period: int, generator: torch.Generator
 ) -> TaskBatch:
-    """Random ids that repeat with ``period``: from the second round on each next id is known."""
+    """Random ids that repeat with ``period``: once the second round has begun, all is known."""
     _require("period", period, 1)
     _require("length", length, period + 1)
     one = _draw(0, vocab, (batch, period), generator)
     full = one.repeat(1, length // period + 2)[:, : length + 1]
     targets = full[:, 1:].clone()
-    targets[:, : period - 1] = IGNORE
+    targets[:, :period] = IGNORE
     return TaskBatch(full[:, :-1], targets)
 
 

@@ -179,7 +179,7 @@ def induction_scores(
     for layer in sorted(recorder.weights):
         stripe = recorder.weights[layer].diagonal(1 - period, -2, -1)  # t -> t - period + 1
         stripes.append(stripe[..., 1:].mean((0, 2)))
-    copied = (logits.argmax(-1) == batch.targets)[:, period - 1 :].float().mean()
+    copied = (logits.argmax(-1) == batch.targets)[:, period:].float().mean()
     return torch.stack(stripes), float(copied)
 
 

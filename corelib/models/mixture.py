@@ -35,9 +35,9 @@ class Mixture:
     """
 
     passkey: float = 0.08
-    mqar: float = 0.07
-    repeats: float = 0.05
-    repeated_text: float = 0.5  # of the repeats: real text instead of random ids
+    mqar: float = 0.08
+    repeats: float = 0.04
+    repeated_text: float = 0.25  # of the repeats: real text instead of random ids
     answer_weight: float = 4.0
 
 
@@ -50,6 +50,12 @@ def text_rows(
     return TaskBatch(full[:, :-1], full[:, 1:])
 
 
+def _log_uniform(low: int, high: int, generator: torch.Generator) -> int:
+    """A size between ``low`` and ``high``, small ones (the easy ones) more often."""
+    draw = float(torch.rand(1, generator=generator))
+    return round(low * (high / low) ** draw)
+
+
 def _passkey_rows(stream, tokenizer: Tokenizer, rows, length, generator) -> TaskBatch:
     keys = int(torch.randint(1, 4, (1,), generator=generator))
     return synthetic.passkey(
@@ -58,19 +64,17 @@ def _passkey_rows(stream, tokenizer: Tokenizer, rows, length, generator) -> Task
 
 
 def _mqar_rows(tokenizer: Tokenizer, rows, length, generator) -> TaskBatch:
-    pairs = int(torch.randint(2, min(64, length // 4) + 1, (1,), generator=generator))
+    pairs = _log_uniform(2, min(64, length // 4), generator)
     return synthetic.mqar(
         rows, length, vocab=tokenizer.n_plain, pairs=pairs, ask=tokenizer.ask, generator=generator
     )
 
 
 def _repeat_rows(tokenizer: Tokenizer, rows, length, generator, stream, share) -> TaskBatch:
-    period = int(torch.randint(8, length // 2 + 1, (1,), generator=generator))
+    period = _log_uniform(4, length // 2, generator)
     task = synthetic.induction(
         rows, length, vocab=tokenizer.n_plain, period=period, generator=generator
     )
-    if share == 0.0:
-        return task
     real = torch.rand(rows, generator=generator) < share
     text = text_rows(stream, rows, period, generator).ids.repeat(1, length // period + 2)
     text = text[:, : length + 1]

@@ -74,10 +74,9 @@ def from_dict(stored: dict) -> Recipe:
     return Recipe(**parts)
 
 
-# Copying of repeated stretches is what passkey and MQAR are built from: when the first 500 steps
-# had not brought it, its share was raised.
-COPY_FIRST = Mixture(passkey=0.06, mqar=0.06, repeats=0.22)
-COPYING_LEARNT = Mixture(passkey=0.10, mqar=0.08, repeats=0.04)
+# Copying is what all retrieval is made of: a first stage of mostly repeats brings it early.
+COPYING_FIRST = Mixture(passkey=0.0, mqar=0.15, repeats=0.50)
+COPYING_STAYS = Mixture(passkey=0.10, mqar=0.10, repeats=0.10)
 
 RECIPES = {
     recipe.name: recipe
@@ -87,11 +86,11 @@ RECIPES = {
             "decoder",
             DecoderConfig(),
             (
-                Stage(256, 16, 564, Mixture(repeated_text=0.0)),
-                Stage(256, 16, 500, COPY_FIRST),
-                Stage(512, 8, 450, COPYING_LEARNT),
-                Stage(1024, 4, 350, COPYING_LEARNT),
-                Stage(2048, 4, 300, COPYING_LEARNT),
+                Stage(128, 32, 300, COPYING_FIRST),
+                Stage(256, 16, 600, COPYING_STAYS),
+                Stage(512, 8, 400),
+                Stage(1024, 4, 350),
+                Stage(2048, 4, 250),
             ),
         ),
         Recipe(
@@ -99,9 +98,10 @@ RECIPES = {
             "decoder",
             DecoderConfig(width=128, layers=2, heads=2, kv_heads=1, head_width=64, hidden=352),
             (
-                Stage(256, 16, 1200, COPY_FIRST),
-                Stage(512, 8, 500, COPYING_LEARNT),
-                Stage(2048, 2, 300, COPYING_LEARNT),
+                Stage(128, 32, 300, COPYING_FIRST),
+                Stage(256, 16, 900, COPYING_STAYS),
+                Stage(512, 8, 500),
+                Stage(2048, 2, 300),
             ),
             seed=2,
         ),

@@ -73,7 +73,7 @@ def test_induction_repeats(length, period):
     batch = induction(4, length, vocab=50, period=period, generator=gen())
     for ids, targets in zip(*batch, strict=True):
         for t in range(length):
-            known = t + 1 - period >= 0
+            known = t >= period
             assert int(targets[t]) == (int(ids[t + 1 - period]) if known else IGNORE)
             if t + 1 < length and known:
                 assert int(ids[t + 1]) == int(targets[t])

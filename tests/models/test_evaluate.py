@@ -109,26 +109,24 @@ def test_gain_of_context_and_loss_by_position():
 
 
 def test_induction_scores_find_a_head_made_by_hand():
-    """A recorded head that looks one past the same token scores 1, the others less."""
-    period, vocab = 6, 30
+    """Head 0 looks at what followed its own token, head 1 everywhere alike."""
+    period, vocab = 6, 400
 
     def model(ids, cache):
-        B, L = ids.shape
-        same = (ids[:, :, None] == torch.roll(ids, 1, 1)[:, None, :]).float()
-        same[:, :, 0] = 0  # the roll's wrap-around
-        # scores q·k = 50 * same, by one-hot previous tokens as keys
         onehot = torch.eye(vocab)
-        q = 50 * onehot[ids][:, None]
-        k = onehot[torch.roll(ids, 1, 1)][:, None]
-        k[:, :, 0] = 0
-        cache.append(0, torch.cat([k], 1), torch.zeros_like(k))
-        cache.attend(0, torch.cat([q, torch.zeros_like(q)], 1), scale=1.0)
+        before = onehot[torch.roll(ids, 1, 1)][:, None]  # key t: the token at t - 1
+        before[:, :, 0] = 0
+        query = torch.cat([50 * onehot[ids][:, None], torch.zeros(len(ids), 1, 12, vocab)], 1)
+        cache.append(0, before, torch.zeros_like(before))
+        cache.attend(0, query, scale=1.0)
         return copier(ids)[..., :vocab]
 
-    stripes, copied = evaluate.induction_scores(model, vocab=vocab, period=period, rows=4, seed=3)
+    stripes, copied = evaluate.induction_scores(model, vocab=vocab, period=period, rows=4)
     assert stripes.shape == (1, 2)
-    assert float(stripes[0, 0]) > 0.6 and float(stripes[0, 1]) < 0.2
-    assert copied > 0.6
+    assert float(stripes[0, 0]) == pytest.approx(1.0, abs=1e-6)
+    even = sum(1 / (t + 1) for t in range(period, 2 * period)) / period
+    assert float(stripes[0, 1]) == pytest.approx(even, rel=1e-5)
+    assert copied == 1.0
 
 
 def test_the_recorder_attends_like_the_cache():
