@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 
 from corelib.kernels import report
-
 from corelib.teach.ledger import ledger_markdown
 
 from .markdown import escape, link
