@@ -75,9 +75,9 @@ def by_softmax(q, k, v, lengths):
 
 @pytest.mark.parametrize("tile", [1, 3, 4, 7, 64])
 def test_equals_full_attention_for_every_number_of_programs(tile):
-    inputs = random_inputs([7, 0, 1, 4])
+    inputs = random_inputs([5, 0, 1, 3])
     wanted = by_torch(*inputs), by_softmax(*inputs)
-    tiles = sum(len(pieces) for pieces in stream_k_schedule([7, 0, 1, 4], 2, tile, 10_000))
+    tiles = sum(len(pieces) for pieces in stream_k_schedule([5, 0, 1, 3], 2, tile, 10_000))
     for programs in range(1, tiles + 3):
         for form in FORMS:
             got = form(*inputs, programs=programs, tile=tile, return_lse=True)
