@@ -13,6 +13,9 @@ LABS    = $(shell find labs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*')
 # One thread per worker, in tests and in labs: numbers and times then depend on the code.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
+SHELL       := bash
+.SHELLFLAGS := -o pipefail -c
+
 .PHONY: help lab test quick run-lab book bench gpu-check lint clean
 
 help:
@@ -33,7 +36,7 @@ $(STAMP): pyproject.toml requirements/lock.txt
 	  { echo "Could not create $(VENV). On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }; }
 	@echo "· installing (a few minutes the first time)"
 	@if $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
-	  $(PY) -m pip install -r requirements/lock.txt; else \
+	  $(PY) -m pip install -r requirements/lock.txt | { grep -v "already satisfied" || true; }; else \
 	  $(PY) -m pip install "torch==2.13.0" "triton==3.7.1; platform_system == 'Linux'"; fi || \
 	  { echo "Installing failed: read the last lines above. 'make clean' and a second try start afresh."; exit 1; }
 	@$(PY) -m pip install --quiet -e '.[labs,book,test,hf]'

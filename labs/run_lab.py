@@ -11,6 +11,7 @@ leaves the notebook as it was.
 from __future__ import annotations
 
 import argparse
+import base64
 import os
 import pathlib
 import re
@@ -26,6 +27,7 @@ from nbclient.exceptions import CellExecutionError  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 LABS = pathlib.Path(__file__).parent
+README_PICTURE = LABS.parent / "book/_static/readme.png"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 LIMIT_BYTES = 600_000
@@ -67,7 +69,7 @@ def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         cell.metadata.pop("mystnb", None)
         count += bool(cell.source.strip())
         cell.execution_count = count if cell.source.strip() else None
-        cell.outputs = [out for out in cell.outputs if set(out.get("data", "-")) != {WIDGET}]
+        cell.outputs = [out for out in cell.outputs if not _is_empty(out)]
         for output in cell.outputs:
             if "metadata" in output:
                 output.metadata = {}
@@ -79,6 +81,12 @@ def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
                     alt = " ".join(output.data.get("text/plain", "").split())
                     cell.metadata["mystnb"] = {"image": {"alt": alt}}
     return notebook
+
+
+def _is_empty(output: nbformat.NotebookNode) -> bool:
+    """A widget's view alone, or what a progress bar left when it cleared itself."""
+    data = {name: text for name, text in output.get("data", {"text": "-"}).items() if text}
+    return set(data) <= {WIDGET}
 
 
 def troubles(notebook: nbformat.NotebookNode) -> list[str]:
@@ -111,6 +119,7 @@ def run(path: pathlib.Path) -> None:
         resources={"metadata": {"path": str(path.parent)}},
         record_timing=False,
         store_widget_state=False,
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
     )
     start = time.perf_counter()
     with tqdm(total=cells, desc=path.stem, leave=False, disable=not sys.stderr.isatty()) as bar:
@@ -125,10 +134,22 @@ def run(path: pathlib.Path) -> None:
         raise SystemExit(f"{path.name}: nothing was written\n  " + "\n  ".join(found))
     text = nbformat.writes(notebook) + "\n"
     path.write_text(text, encoding="utf-8")
+    if picture := readme_picture(notebook):
+        README_PICTURE.write_bytes(picture)
     size = len(text.encode())
     print(f"✓ {path.stem}: {cells} code cells, {seconds:.1f} s, {size / 1e3:.0f} kB", flush=True)
     if size > LIMIT_BYTES:
         print(f"  larger than the {LIMIT_BYTES / 1e3:.0f} kB a lab may have")
+
+
+def readme_picture(notebook: nbformat.NotebookNode) -> bytes | None:
+    """The figure of the cell tagged ``readme-picture``: README.md shows it."""
+    for cell in notebook.cells:
+        if "readme-picture" in cell.metadata.get("tags", []):
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):
+                    return base64.b64decode(output.data["image/png"])
+    return None
 
 
 def is_normal(path: pathlib.Path) -> bool:

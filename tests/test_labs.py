@@ -40,9 +40,10 @@ def test_normalising_strips_what_moves_and_keeps_the_rest():
         {"image/png": "AAAA", "text/plain": "A rising\n line", run_lab.WIDGET: {"model_id": "x"}},
         metadata={"needs_background": "light"},
     )
+    cleared = v4.new_output("display_data", {"text/html": "", "text/plain": ""})
     widget_only = v4.new_output("display_data", {run_lab.WIDGET: {"model_id": "y"}})
     cell = notebook.cells[2]
-    cell.outputs, cell.execution_count = [figure, widget_only], 17
+    cell.outputs, cell.execution_count = [figure, cleared, widget_only], 17
     cell.metadata = {"trusted": True, "tags": ["hide-cell"], "execution": {"iopub": "12:00"}}
     run_lab.normalise(notebook)
     assert [set(out.data) for out in cell.outputs] == [{"image/png", "text/plain"}]
@@ -77,3 +78,11 @@ def test_a_failing_cell_leaves_the_file_alone(tmp_path):
 def test_an_unknown_lab_is_a_clear_error():
     with pytest.raises(SystemExit, match="no lab starts with '999'"):
         run_lab.find_labs(["999"])
+
+
+def test_readme_shows_the_labs_own_picture():
+    notebooks = [nbformat.read(path, as_version=4) for path in LABS]
+    pictures = [picture for nb in notebooks if (picture := run_lab.readme_picture(nb))]
+    assert pictures == [run_lab.README_PICTURE.read_bytes()]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert str(run_lab.README_PICTURE.relative_to(ROOT)) in readme

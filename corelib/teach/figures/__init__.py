@@ -10,6 +10,7 @@ from ..style import canvas, paper
 from .bars import bars
 from .card import KernelCard, kernel_card
 from .curves import lines, race_plot
+from .grid import count_grid
 from .heat import attention_map, mask_plot, state_heatmap
 from .roof import roofline_plot
 from .show import show
@@ -20,6 +21,7 @@ __all__ = [
     "attention_map",
     "bars",
     "canvas",
+    "count_grid",
     "kernel_card",
     "lines",
     "mask_plot",
