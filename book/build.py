@@ -65,6 +65,9 @@ def source_tree(labs: pathlib.Path) -> dict[str, bytes]:
     landing = landing.replace("PATTERNS", pictures.patterns())
     files["index.md"] = landing.replace("PROGRESS", parts.progress(book_parts)).encode()
     built = [lab for part in book_parts for lab in part.built]
+    for lab in built:
+        if '"kernelspec"' not in lab.path.read_text(encoding="utf-8"):
+            sys.exit(f"{lab.name} was never executed: make run-lab LAB={lab.number}")
     return files | {f"{lab.document}.ipynb": lab.path.read_bytes() for lab in built}
 
 
@@ -72,7 +75,7 @@ def table_of_contents(book_parts: list[plan.Part]) -> str:
     """Sphinx external-toc's file (JSON is YAML): parts with their built labs, then registers."""
     chapters = []
     for part in book_parts:
-        labs = [{"file": lab.document} for lab in part.built]
+        labs = [{"file": lab.document, "title": parts.numbered(lab)} for lab in part.built]
         chapter = {"file": part.document, "title": f"{part.number} · {part.title}"}
         chapters.append(chapter | ({"sections": labs} if labs else {}))
     registers = ["catalog", "ledger", "kernels", "api/index", "bibliography"]

@@ -68,7 +68,7 @@ def _lab_list(part: Part, *, here: str) -> str:
     if part.built:
         built = [f"* {_lab_line(lab, here=here)}" for lab in part.built]
         lists.append("{.labs}\n" + "\n".join(built))
-    planned = [f"* {escape(_numbered(lab))}" for lab in part.labs if not lab.path]
+    planned = [f"* {escape(numbered(lab))}" for lab in part.labs if not lab.path]
     if planned:
         lists.append("{.not-built}\nNot yet built:\n\n{.labs .not-built}\n" + "\n".join(planned))
     return "\n\n".join(lists)
@@ -76,19 +76,23 @@ def _lab_list(part: Part, *, here: str) -> str:
 
 def _lab_line(lab: Lab, *, here: str) -> str:
     if not lab.path:
-        return f"{escape(_numbered(lab))} [not yet built]{{.not-built}}"
+        return f"{escape(numbered(lab))} [not yet built]{{.not-built}}"
     minutes = f" · {lab.minutes} min" if lab.minutes else ""
-    return f"**{link(escape(_numbered(lab)), lab.document, here=here)}**{minutes}"
+    return f"**{link(escape(numbered(lab)), lab.document, here=here)}**{minutes}"
 
 
 def _lab_entry(lab: Lab, *, here: str) -> str:
-    about = f"\n\n{lab.about}" if lab.about else ""
-    papers = "\n".join(
-        f"* {escape(method.title)} {{cite}}`{method.slug}`" for method in lab.methods
-    )
-    papers = "{.papers}\n" + papers if papers else "A base that later labs stand on."
-    return f"{_lab_line(lab, here=here)}{about}\n\n{papers}"
+    """The lab's name, what it teaches, and the papers it covers."""
+    papers = [f"* {escape(m.title)} {{cite}}`{m.slug}`" for m in lab.methods]
+    lines = [_lab_line(lab, here=here)]
+    if lab.goals:
+        lines.append("You will be able to")
+        lines.append("{.papers}\n" + "\n".join(f"* {goal}" for goal in lab.goals))
+    if papers and lab.goals:
+        lines.append("Papers" if len(papers) > 1 else "Paper")
+    lines.append("{.papers}\n" + "\n".join(papers) if papers else "A base for later labs.")
+    return "\n\n".join(lines)
 
 
-def _numbered(lab: Lab) -> str:
+def numbered(lab: Lab) -> str:
     return lab.title if lab.title.startswith(lab.number) else f"{lab.number} · {lab.title}"

@@ -26,7 +26,7 @@ class Lab:
 
     name: str  # "00_foundations/002_softmax_as_a_reduction"
     title: str
-    about: str
+    goals: tuple[str, ...]  # what its reader will be able to do
     minutes: int | None
     methods: tuple
     path: pathlib.Path | None
@@ -85,11 +85,11 @@ def read_parts(book: pathlib.Path, labs: pathlib.Path, methods: Sequence) -> lis
 
 
 def read_lab(name: str, labs: pathlib.Path, methods: Sequence) -> Lab:
-    """A lab of the plan; title, first paragraph and minutes come from its notebook if built."""
+    """A lab of the plan; title, goals and minutes come from its notebook if it is built."""
     covered = tuple(method for method in methods if method.lab == name)
     path = labs / f"{name}.ipynb"
     if not path.exists():
-        return Lab(name, _title_of(name), "", None, covered, None)
+        return Lab(name, _title_of(name), (), None, covered, None)
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     text = "\n\n".join("".join(c["source"]) for c in cells[:8] if c["cell_type"] == "markdown")
     title = re.search(r"^# +(.+)$", text, re.MULTILINE)
@@ -97,7 +97,7 @@ def read_lab(name: str, labs: pathlib.Path, methods: Sequence) -> Lab:
     return Lab(
         name,
         title[1].strip() if title else _title_of(name),
-        _first_paragraph(text),
+        _goals(text),
         int(minutes[2] or minutes[1]) if minutes else None,
         covered,
         path,
@@ -116,10 +116,8 @@ def _title_of(name: str) -> str:
     return f"{number} · {' '.join(words)}"
 
 
-def _first_paragraph(text: str) -> str:
-    """The first plain paragraph (no heading, picture, table, directive, quotation), unlinked."""
-    for block in re.split(r"\n\s*\n", text):
-        block = " ".join(block.split())
-        if block and not re.match(r"[#!|>`:<\-*({\[]|\d+\.", block):
-            return re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", block)
-    return ""
+def _goals(text: str) -> tuple[str, ...]:
+    """The items of the list below "You will be able to"."""
+    listed = re.search(r"able to\W*\n((?:\s*[-*+] .+(?:\n(?!\n|[-*+] ).+)*\n?)+)", text)
+    items = re.split(r"^\s*[-*+] ", listed[1], flags=re.MULTILINE)[1:] if listed else []
+    return tuple(" ".join(item.split()).rstrip(",;.") for item in items)

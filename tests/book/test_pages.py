@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import pathlib
 import sys
 
@@ -48,13 +49,14 @@ def test_prerequisites_come_first(parts):
 
 
 def test_a_lab_is_read_from_its_notebook(pages, tmp_path):
-    lab = '{"cells": [{"cell_type": "markdown", "source": ["# 002 · A title\\n", "\\n", "TEXT"]}]}'
+    text = "# A title\n\nTakes 30–40 minutes.\n\n**You will be able to**\n\n- do\n  $x$,\n- stop.\n"
+    lab = {"cells": [{"cell_type": "markdown", "source": text.splitlines(keepends=True)}]}
     path = tmp_path / "00_foundations/002_a_name.ipynb"
     path.parent.mkdir()
-    path.write_text(lab.replace("TEXT", "One [link](x.md). Takes 30–40 minutes."), encoding="utf-8")
+    path.write_text(json.dumps(lab), encoding="utf-8")
     read = pages.plan.read_lab("00_foundations/002_a_name", tmp_path, [])
-    assert (read.title, read.minutes, read.number) == ("002 · A title", 40, "002")
-    assert read.about == "One link. Takes 30–40 minutes."
+    assert (read.title, read.minutes, read.number) == ("A title", 40, "002")
+    assert read.goals == ("do $x$", "stop")
     planned = pages.plan.read_lab("00_foundations/107_selective_scan_and_ssd", tmp_path, [])
     assert (planned.path, planned.title) == (None, "107 · Selective scan and SSD")
 
