@@ -82,12 +82,13 @@ def _attend_output(
     """One output's partial softmax over keys ``first .. last`` of its ``n``, put into ``slot``."""
     pair = (output // ROW_BLOCKS).to(tl.int64)
     request, group = pair // G, pair % G
-    lanes = tl.arange(0, BLOCK_M)
+    rows = GROUP * L
     row = output % ROW_BLOCKS * BLOCK_M
-    real = row + lanes < GROUP * L
+    lanes = tl.arange(0, BLOCK_M)
+    real = row + lanes < rows
     visible = tl.minimum(n - L + (row + lanes) % L + 1, last)  # the last query sees all n keys
     peak, total, weighted = _attend_keys(
-        q + pair * GROUP * L * D, row, GROUP * L,  # q is (B, G, rows, D)
+        q + pair * rows * D, row, rows,  # q is (B, G, rows, D)
         k + request * stride_kb + group * stride_kg, v + request * stride_vb + group * stride_vg,
         first, last, visible, stride_ks, stride_vs, scale_log2,
         D, V, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, SLICE, PRECISION,
@@ -199,12 +200,11 @@ def _merge_kernel(
         total = total * rescale + tl.sum(weight * total_of, 0)
         merged = merged * rescale + tl.sum(weight[:, None] * sum_of, 0)
         peak = new_peak
-    empty = total == 0.0
-    merged = tl.where(empty, 0.0, merged / tl.where(empty, 1.0, total))
+    some = tl.where(total == 0.0, 1.0, total)  # a row without keys: zeros, and -inf + log(1)
     place = (pair.to(tl.int64) * GROUP * L) + row  # (B, H, L) flattened: rows of a group adjoin
-    tl.store(out + place * V + columns, merged.to(out.dtype.element_ty), mask=columns < V)
-    log_total = peak * 0.6931471805599453 + tl.log(tl.where(empty, 1.0, total))
-    tl.store(lse + place, tl.where(empty, float("-inf"), log_total))
+    merged = (merged / some).to(out.dtype.element_ty)
+    tl.store(out + place * V + columns, merged, mask=columns < V)
+    tl.store(lse + place, peak * 0.6931471805599453 + tl.log(some))
 
 
 def split_kv_decode(

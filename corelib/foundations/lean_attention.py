@@ -208,22 +208,18 @@ def lean_decode(
         return stream_k_decode(q, k, v, lengths, **options)
     held, programs, tile, scale = _settle(q, k, v, lengths, programs, tile, scale)
     if len(set(held)) <= 1:  # together; else request by request, each over its own keys only
-        n = max(held, default=0)
-        out, lse = _decode(q, k[:, :, :n], v[:, :, :n], programs, tile, scale)
+        out, lse = _decode(q, k, v, max(held, default=0), programs, tile, scale)
     else:
         requests = zip(q.split(1), k.split(1), v.split(1), held, strict=True)
-        parts = [
-            _decode(q_b, k_b[:, :, :n], v_b[:, :, :n], programs, tile, scale)
-            for q_b, k_b, v_b, n in requests
-        ]
+        parts = [_decode(*request, programs, tile, scale) for request in requests]
         out, lse = (torch.cat(part) for part in zip(*parts, strict=True))
     return (out, lse) if return_lse else out
 
 
-def _decode(q: Tensor, k: Tensor, v: Tensor, programs: int, tile: int, scale: Real):
-    """Requests of one length: the keys that all their rows see, then the newest few."""
+def _decode(q: Tensor, k: Tensor, v: Tensor, n: int, programs: int, tile: int, scale: Real):
+    """Requests of ``n`` keys each: the keys that all their rows see, then the newest few."""
     (B, H, L, D), (_, G, S, V) = q.shape, v.shape
-    shared = max(S - L + 1, 0)
+    shared = max(n - L + 1, 0)
     splits = programs // gcd(B * G, programs)  # then every program gets equally many
     if splits > 1 and (splits > shared // tile or not _foldable(k, v)):
         splits = 1
@@ -231,9 +227,9 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, programs: int, tile: int, scale: Re
     keys, values = (k, v) if shared == S else (k[:, :, :shared], v[:, :, :shared])
     out, lse = _attend(q.reshape(B, G, H // G * L, D), keys, values, splits, scale)
     out, lse = out.reshape(B, H, L, V), lse.reshape(B, H, L)
-    if shared == S:
+    if shared == n:
         return out, lse
-    newest = k[:, :, shared:], v[:, :, shared:]  # each query sees some; and what the splits left
+    newest = k[:, :, shared:n], v[:, :, shared:n]  # each query sees some; and what splits left over
     return merge_partials(
         out, lse, *attention(q, *newest, causal=True, scale=scale, return_lse=True)
     )
