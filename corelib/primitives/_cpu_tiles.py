@@ -35,17 +35,19 @@ def _power_of_two(n: int, low: int, high: int) -> int:
 
 def band_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """``q (B, H, n, D)``, ``k, v (B, G, m, D)`` -> ``out (B, H, n, D)``, ``lse (B, H, n)``."""
+    B, G = k.shape[:2]
     reach = k.shape[2] - q.shape[2]
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    for rows, span in _spans(q, k, forward_rows(reach), limit=None):
+    for rows, span in _spans(q.shape[2], forward_rows(reach)):
         mask = _mask(rows, reach, q)
-        keys, values = (_key_tiles(x, rows, span, reach).flatten(0, 1) for x in (k, v))
-        for heads in _one_per_group(q, k):
+        keys, values = (_key_tiles(x, rows, span, reach) for x in (k, v))
+        for heads in _one_per_group(q.shape[1], G):
             tiles = _row_tiles(q, heads, rows, span).flatten(0, 1)
             part, part_lse = forward_op(tiles, keys, values, attn_mask=mask, scale=scale)
-            _row_tiles(out, heads, rows, span).flatten(0, 1).copy_(part)
-            _row_tiles(lse, heads, rows, span).flatten(0, 1).copy_(part_lse)
+            _row_tiles(out, heads, rows, span).copy_(part.unflatten(0, (B, G)))
+            _row_tiles(lse, heads, rows, span).copy_(part_lse.unflatten(0, (B, G)))
     return out, lse
 
 
@@ -53,46 +55,44 @@ def band_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k``, ``v``, given the final ``out`` and ``lse`` of each row."""
-    reach = k.shape[2] - q.shape[2]
-    wide = torch.promote_types(q.dtype, torch.float32)
+    B, G, m, D = k.shape
+    reach = m - q.shape[2]
+    size = backward_rows(reach)
+    step = size * max(1, GRADIENT_NUMBERS // (B * G * (size + reach) * D))
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
     dq = q.new_empty(q.shape)
-    dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))
-    for rows, span in _spans(q, k, backward_rows(reach), limit=GRADIENT_NUMBERS):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dk, dv = (k.new_zeros(B * G, m + size, D, dtype=wide) for _ in range(2))
+    for rows, span in _spans(q.shape[2], size, step):
         mask = _mask(rows, reach, q)
-        keys, values = (_key_tiles(x, rows, span, reach).flatten(0, 1) for x in (k, v))
-        for heads in _one_per_group(q, k):
-            tiles = [
+        keys, values = (_key_tiles(x, rows, span, reach) for x in (k, v))
+        for heads in _one_per_group(q.shape[1], G):
+            grad_tile, q_tile, out_tile, lse_tile = (
                 _row_tiles(x, heads, rows, span).flatten(0, 1) for x in (grad_out, q, out, lse)
-            ]
-            grad_tile, q_tile, out_tile, lse_tile = tiles
+            )
             part_q, part_k, part_v = backward_op(
                 grad_tile, q_tile, keys, values, out_tile, lse_tile, 0.0, False,
                 attn_mask=mask, scale=scale,
             )  # fmt: skip
-            _row_tiles(dq, heads, rows, span).flatten(0, 1).copy_(part_q)
-            _add_key_tiles(dk, part_k, rows, span)
-            _add_key_tiles(dv, part_v, rows, span)
-    return dq, dk, dv
+            _row_tiles(dq, heads, rows, span).copy_(part_q.unflatten(0, (B, G)))
+            _add_key_tiles(dk, part_k, rows, span.start)
+            _add_key_tiles(dv, part_v, rows, span.start)
+    return dq, *(x[:, :m].unflatten(0, (B, G)) for x in (dk, dv))
 
 
-def _spans(q: Tensor, k: Tensor, rows: int, limit: int | None) -> Iterator[tuple[int, slice]]:
-    """``(rows of a tile, rows of one call)``: whole tiles first, then what is left over."""
-    B, G, m, D = k.shape
-    n = q.shape[2]
-    reach = m - n
+def _spans(n: int, rows: int, step: int | None = None) -> Iterator[tuple[int, slice]]:
+    """``(rows of a tile, rows of one call)``: whole tiles, ``step`` rows a call, then the rest."""
     whole = n - n % rows
-    numbers = B * G * (rows + reach) * D
-    step = whole if limit is None else rows * max(1, limit // numbers)
-    for start in range(0, whole, max(step, 1)):
+    step = step or max(whole, 1)
+    for start in range(0, whole, step):
         yield rows, slice(start, min(start + step, whole))
     if whole < n:
         yield n - whole, slice(whole, n)
 
 
-def _one_per_group(q: Tensor, k: Tensor) -> list[slice]:
+def _one_per_group(H: int, G: int) -> list[slice]:
     """The query heads, in sets that hold one head of each group."""
-    heads_per_group = q.shape[1] // k.shape[1]
-    return [slice(first, None, heads_per_group) for first in range(heads_per_group)]
+    return [slice(first, None, H // G) for first in range(H // G)]
 
 
 def _row_tiles(x: Tensor, heads: slice, rows: int, span: slice) -> Tensor:
@@ -101,28 +101,24 @@ def _row_tiles(x: Tensor, heads: slice, rows: int, span: slice) -> Tensor:
 
 
 def _key_tiles(x: Tensor, rows: int, span: slice, reach: int) -> Tensor:
-    """``(B, G, m, D) -> (B, G, tiles, rows + reach, D)``: a view with overlaps."""
-    return x[:, :, span.start : span.stop + reach].unfold(2, rows + reach, rows).transpose(3, 4)
+    """``(B * G, m, D) -> (B * G, tiles, rows + reach, D)``: a view with overlaps."""
+    return x[:, span.start : span.stop + reach].unfold(1, rows + reach, rows).transpose(2, 3)
 
 
-def _add_key_tiles(total: Tensor, tiles: Tensor, rows: int, span: slice) -> None:
-    """Add the overlapping ``tiles (B * G, tiles, width, D)`` into ``total (B, G, m, D)``.
+def _add_key_tiles(total: Tensor, tiles: Tensor, rows: int, first: int) -> None:
+    """Add the overlapping ``tiles (B * G, tiles, width, D)`` into ``total`` from key ``first`` on.
 
-    Slices of ``rows`` keys at the same place of every tile do not overlap: one addition each.
+    Stretches of ``rows`` keys at the same place of every tile do not overlap: one addition each.
+    ``total (B * G, m + rows, D)`` has room for the last tile's last stretch to be a whole one.
     """
     count, width = tiles.shape[1:3]
-    tiles = tiles.unflatten(0, total.shape[:2])
+    if count == 1:
+        total[:, first : first + width] += tiles[:, 0]
+        return
     for start in range(0, width, rows):
-        stop = min(start + rows, width)
-        first = span.start + start
-        where = total[:, :, first : first + count * rows]
-        if where.shape[2] < count * rows:  # the last tile has fewer keys here than a block
-            where = total[:, :, first : first + (count - 1) * rows + stop - start]
-            whole = where[:, :, : (count - 1) * rows].unflatten(2, (-1, rows))
-            whole[..., : stop - start, :] += tiles[:, :, :-1, start:stop]
-            where[:, :, (count - 1) * rows :] += tiles[:, :, -1, start:stop]
-        else:
-            where.unflatten(2, (count, rows))[:, :, :, : stop - start] += tiles[:, :, :, start:stop]
+        stretch = tiles[:, :, start : start + rows]
+        where = total[:, first + start : first + start + count * rows].unflatten(1, (count, rows))
+        where[:, :, : stretch.shape[2]] += stretch
 
 
 def _mask(rows: int, reach: int, like: Tensor) -> Tensor:

@@ -186,6 +186,16 @@ def test_precisions(dtype, window, sinks):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
 
 
+def test_lse_gradient_of_half_precision_is_not_rounded():
+    """Two keys of equal weight, dv_1 = -10 and dlse = 9.99: rounded to bfloat16 they cancel."""
+    q, k = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 2, 1)
+    v = torch.tensor([10.0, -10.0]).reshape(1, 1, 2, 1)
+    q, k, v = (x.to(torch.bfloat16).requires_grad_() for x in (q, k, v))
+    out, lse = attention(q, k, v, causal=False, return_lse=True)
+    (dk,) = torch.autograd.grad(out.sum() + 9.99 * lse.sum(), k)
+    assert dk[0, 0, 1, 0].item() == pytest.approx(0.5 * (9.99 - 10), rel=0.05)
+
+
 # ---------------------------------------------------------------- gradients
 
 

@@ -192,6 +192,7 @@ def test_equals_transformers(mode, D, base, original, factor):
     assert attention_factor == pytest.approx(expected)
 
 
+@pytest.mark.slow  # importing two models takes seconds
 def test_rotation_equals_transformers():
     pytest.importorskip("transformers")
     from transformers.models.gptj.modeling_gptj import (
