@@ -9,8 +9,17 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from corelib.kernels._shared import Blocks, check_device, is_interpreted, launch
 from torch import Tensor
+
+from corelib.kernels._flash_table import candidates_for, slice_width
+from corelib.kernels._shared import (
+    Blocks,
+    check_device,
+    is_interpreted,
+    launch,
+    padded,
+    precision,
+)
 
 MAX_WIDTH = 256
 #: Small, unequal and cheap: what the interpreter runs.
@@ -79,11 +88,6 @@ def shape_of(x: object) -> object:
     return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
 
 
-def padded(width: int) -> int:
-    """The next power of two, at least the 16 that matrix instructions need."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
 def empty_like_rows(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """``(B, H, L, width)``, heads inside tokens where ``x (B, H, L, D)`` has them so."""
     B, H, L, _ = x.shape
@@ -128,20 +132,10 @@ def arguments(
         "WINDOW": options.window is not None,
         "VARLEN": packed is not None,
         "PRECISION": precision(q.dtype),
-        "SLICE": slice_width(q.dtype, max(D, V)),
+        "SLICE": slice_width(q.dtype, D, V),
         "BLOCK_D": padded(D),
         "BLOCK_V": padded(V),
     }
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies: float32 as three TF32 products, where the hardware has TF32."""
-    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
-
-
-def slice_width(dtype: torch.dtype, width: int) -> int:
-    """0: tiles of queries and keys are held whole. Wide float32 ones are read in slices of 64."""
-    return 64 if dtype == torch.float32 and padded(width) > 64 else 0
 
 
 def target() -> str:

@@ -168,6 +168,21 @@ class Blocks(NamedTuple):
 _fastest: dict[tuple, Blocks] = {}
 
 
+def padded(width: int) -> int:
+    """The next power of two, at least the 16 that matrix instructions need."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def precision(dtype: torch.dtype, target: str | None = None) -> str:
+    """How `tl.dot` multiplies on a compile target, or here: ``input_precision`` for this dtype.
+
+    Float32 as three TF32 products, where the hardware has TF32: nearly as exact as float32, and
+    still on matrix instructions. AMD's matrix instructions take float32 as it is.
+    """
+    amd = torch.version.hip is not None if target is None else target.startswith("gfx")
+    return "tf32x3" if dtype == torch.float32 and not amd else "ieee"
+
+
 def is_interpreted(kernel: Any) -> bool:
     """Does calling ``kernel`` run Triton's interpreter? It was decided when it was decorated."""
     return not isinstance(kernel, triton.JITFunction)

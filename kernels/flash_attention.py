@@ -20,7 +20,10 @@ are to base 2, because the hardware's exponential is; ``m`` and ``lse`` outside 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from corelib.kernels import _flash_launch as _launch
+from corelib.kernels._flash_table import specialisations
 from corelib.kernels._shared import (
     can_see,
     edge_block,
@@ -31,7 +34,6 @@ from corelib.kernels._shared import (
     store_tile,
     tl,
 )
-from torch import Tensor
 
 __all__ = [
     "flash_attention",
@@ -40,6 +42,10 @@ __all__ = [
     "flash_attention_varlen",
     "forward_bytes",
 ]
+
+
+#: What is compiled for every target; the launcher takes its blocks from the same table.
+SPECIALISATIONS = specialisations("forward")
 
 
 @jit

@@ -22,7 +22,10 @@ of the whole sequence, it returns what one block of keys contributes (ring atten
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from corelib.kernels import _flash_launch as _launch
+from corelib.kernels._flash_table import specialisations
 from corelib.kernels._shared import (
     can_see,
     edge_block,
@@ -34,9 +37,12 @@ from corelib.kernels._shared import (
     store_tile,
     tl,
 )
-from torch import Tensor
 
 __all__ = ["flash_attention_backward"]
+
+
+#: What is compiled for every target; the launcher takes its blocks from the same table.
+SPECIALISATIONS = specialisations("dq", "dkdv")
 
 
 @jit
