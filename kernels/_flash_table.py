@@ -84,8 +84,6 @@ def specialisations(*passes: str) -> list[Specialisation]:
             shipped.append(_specialisation(which, dtype, width, index, "causal window"))
             if itemsize == 2 and width <= 128:
                 shipped.append(_specialisation(which, dtype, width, index, "causal"))
-            for mask in ("causal", "causal window"):
-                shipped.append(_specialisation(which, dtype, width, index, mask))
         if (itemsize, width) == (2, 128):
             for extra in ("two-sided window", "packed", "carry"):
                 if extra != "carry" or which == "forward":
