@@ -222,7 +222,7 @@ def flash_attention_varlen(
 
     Args:
         q, k, v: ``(total, H, D)``, ``(total_k, G, D)`` and ``(total_k, G, V)``.
-        cu_seqlens_q, cu_seqlens_k: ``(N + 1,)`` integers on q's device: sequence n holds the
+        cu_seqlens_q, cu_seqlens_k: ``(N + 1,)`` integers: sequence n holds the
             tokens ``cu_seqlens[n] .. cu_seqlens[n + 1]``. They are read once on the host.
 
     Returns:
@@ -231,7 +231,7 @@ def flash_attention_varlen(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dim() != 3:
             raise ValueError(f"{name}: expected (total, heads, width), got {_launch.shape_of(x)}")
-    packed = _pack(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
+    packed = _pack(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], q.device)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     _launch.check_inputs(q, k, v)
     options = _launch.options_for(q, causal, window, sinks, scale, 0)
@@ -243,7 +243,6 @@ def flash_attention_varlen(
 State = tuple[Tensor, Tensor, Tensor]
 
 
-@torch.no_grad()
 def flash_attention_carry(
     q: Tensor,
     k: Tensor,
@@ -268,10 +267,15 @@ def flash_attention_carry(
     Returns:
         ``(acc, m, l)``, float32: the *unnormalised* output ``(B, H, L, V)``, the largest scaled
         score ``(B, H, L)`` (natural units) and the sum of exponentials relative to it. A new
-        state each time; `flash_attention_finish` divides. Not differentiable: use
-        `flash_attention_backward`, block by block, with the finished output and lse.
+        state each time; `flash_attention_finish` divides.
+
+    Raises:
+        ValueError: a gradient is asked for. Call this inside an autograd function, and
+            `flash_attention_backward` block by block, with the finished output and lse.
     """
     _launch.check_inputs(q, k, v)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *(state or ()))):
+        raise ValueError("q, k, v, state: expected no gradient; the carried state has none")
     options = _launch.options_for(q, causal, window, sinks, scale, q_start - key_start)
     options = options._replace(sinks=max(0, sinks - key_start))
     B, H, L, _ = q.shape
@@ -359,7 +363,9 @@ def _forward(q, k, v, out, lse, options, packed, carried=None) -> None:
     )
 
 
-def _pack(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int):
+def _pack(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int, device: torch.device
+) -> _launch.Packed:
     """Check the starts of packed sequences and find the longest."""
     longest = []
     for name, starts, total in (
@@ -377,4 +383,5 @@ def _pack(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int
         raise ValueError(
             f"cu_seqlens_k: expected {len(cu_seqlens_q)} entries, got {len(cu_seqlens_k)}"
         )
-    return _launch.Packed(cu_seqlens_q, cu_seqlens_k, *longest)
+    starts = (x.to(device, torch.int32) for x in (cu_seqlens_q, cu_seqlens_k))
+    return _launch.Packed(*starts, *longest)

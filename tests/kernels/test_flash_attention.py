@@ -274,6 +274,14 @@ def test_bad_starts_are_named(starts):
         flash_attention_varlen(x, x, x, good, torch.tensor(starts), causal=True)
 
 
+def test_a_carried_state_takes_no_gradient():
+    from corelib.kernels.flash_attention import flash_attention_carry
+
+    (q, k, v), _ = random_inputs(1, 1, 1, 2, 2, 16, 16)
+    with pytest.raises(ValueError, match="expected no gradient"):
+        flash_attention_carry(q.requires_grad_(), k, v, causal=True, q_start=0, key_start=0)
+
+
 def test_bfloat16_is_refused_by_the_interpreter(interpreter):
     from corelib.kernels.gates.interpreter import KernelError
 
