@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corelib.kernels._flash_launch import check_inputs, padded, precision, with_contiguous_rows
-from corelib.kernels._shared import Blocks, check_device, is_interpreted
+from corelib.kernels._flash_launch import check_inputs, with_contiguous_rows
+from corelib.kernels._shared import Blocks, check_device, is_interpreted, padded, precision
 from corelib.kernels.gates.specialisation import Specialisation
 
 #: Warps a multiprocessor: the registers of every tile below leave room for eight at once.

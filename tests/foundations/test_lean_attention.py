@@ -27,6 +27,7 @@ from corelib.foundations.lean_attention import (
     stream_k_schedule,
     timeline,
 )
+from corelib.measure import peak_memory
 from corelib.primitives import merge_partials
 
 EXACT = dict(atol=1e-10, rtol=1e-10)
@@ -133,6 +134,20 @@ def test_layouts_that_cannot_be_folded(programs):
         assert not keys.is_contiguous()
         got = lean_decode(q, keys, values, lengths, programs=programs, tile=4)
         torch.testing.assert_close(got, wanted, **EXACT)
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([4096, 900])])
+@pytest.mark.parametrize("programs", [1, 8])
+def test_no_key_is_copied(programs, lengths):
+    q, k, v, _ = random_inputs([4096, 4096], V=8)
+    apart = [torch.cat([x, x], 1)[:, :2] for x in (k, v)]  # heads of requests that cannot be folded
+    for keys, values in ((k, v), apart):
+        used = peak_memory(
+            lambda keys=keys, values=values: lean_decode(
+                q, keys, values, lengths, programs=programs, tile=64
+            )
+        )
+        assert used < keys.nbytes / 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
