@@ -18,8 +18,8 @@ from .layers import Block, RMSNorm
 class DecoderConfig:
     """Sizes. The output matrix is the embedding matrix (tied), ``width ** -0.5`` as large.
 
-    Without that factor small embeddings drown in what the first block writes, previous tokens
-    stay unreadable behind it, and no induction head had formed after 3 million tokens.
+    Without the factor the embeddings stayed small beside what the first block adds to them (0.09
+    against 3.0, root mean square after 3 million tokens), and later layers could hardly read them.
     """
 
     vocab: int = 2048

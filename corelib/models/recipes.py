@@ -74,7 +74,7 @@ def from_dict(stored: dict) -> Recipe:
     return Recipe(**parts)
 
 
-# Copying is what all retrieval is made of: a first stage of mostly repeats brings it early.
+# Copying is what all retrieval is made of: a first stage of mostly repeats is to bring it early.
 COPYING_FIRST = Mixture(passkey=0.0, mqar=0.15, repeats=0.50)
 COPYING_STAYS = Mixture(passkey=0.10, mqar=0.10, repeats=0.10)
 
@@ -86,11 +86,11 @@ RECIPES = {
             "decoder",
             DecoderConfig(),
             (
-                Stage(128, 32, 300, COPYING_FIRST),
+                Stage(128, 32, 900, COPYING_FIRST),
                 Stage(256, 16, 600, COPYING_STAYS),
                 Stage(512, 8, 400),
                 Stage(1024, 4, 350),
-                Stage(2048, 4, 250),
+                Stage(2048, 4, 300),
             ),
         ),
         Recipe(
