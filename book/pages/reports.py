@@ -16,12 +16,17 @@ COLUMNS = ("kernel", "target", "registers", "spills", "shared KiB", "occupancy %
 
 def ledger_page(labs: pathlib.Path) -> str:
     """Every claim that an executed lab has checked, beside the paper's figure."""
+    before, bar, rest = ledger_markdown(labs).partition("\n|")
+    table, _, after = rest.partition("\n\n")
+    written = (
+        [before, f":::{{table}}\n:class: ledger\n\n|{table.strip()}\n:::"] if bar else [before]
+    )
     return (
         "# Ledger of claims\n\n"
         "Each lab ends by holding the paper's claims against what it has just measured. A claim "
         "is a predicate: a lab whose claim stops being true does not run to its end. What does "
         "not show at the scale of a laptop stays here too, with the reason and the scale it "
-        f"would need.\n\n{ledger_markdown(labs)}\n"
+        "would need.\n\n" + "\n\n".join([*written, after]) + "\n"
     )
 
 
