@@ -9,10 +9,10 @@ import sys
 import types
 
 import pytest
-from corelib.kernels.gates.specialisation import TARGETS
 
 from corelib import results
 from corelib.catalog import KINDS, Method, find
+from corelib.kernels.gates.specialisation import TARGETS
 from corelib.results import NEEDS, collect, working
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
