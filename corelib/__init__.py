@@ -21,8 +21,10 @@ _FROM_CATALOG = ("find", "methods", "Method")
 _SUBMODULES = (
     "catalog",
     "contracts",
+    "data",
     "kernels",
     "measure",
+    "models",
     "primitives",
     "runtime",
     "teach",
