@@ -82,6 +82,8 @@ def tests_of(files: list[str]) -> list[str]:
         path = pathlib.PurePath(name)
         if path.parts[0] == "labs" and path.suffix == ".ipynb":
             targets.add(name)
+        elif path.parts[0] == "book":
+            targets.add("tests/book/test_pages.py")
         elif path.parts[0] == "tests" and path.name.startswith("test_"):
             targets.add(name)
         elif path.parts[0] in ("corelib", "kernels"):
