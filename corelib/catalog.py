@@ -186,6 +186,7 @@ def _words(text: str) -> list[str]:
     return [word[:-1] if len(word) > 4 and word[-1] == "s" else word for word in found]
 
 
+@functools.cache
 def _squash(text: str) -> str:
     return "".join(_words(text))
 
