@@ -5,8 +5,8 @@
 A lab may take 20 s and 600 kB, a method's tests 3 s, the tests of each kernel module 10 s (those of
 an operation and its backward share a file), and the mutants that they must catch 20 s a file. Times
 count on one core of a quiet machine; this one may be busy, so a time over budget is named, and one
-over NOISE times the budget fails the run. Sizes do not depend on the machine and have no such allowance. Other test
-files have no budget and only appear among the slowest.
+over NOISE times the budget fails the run. Sizes do not depend on the machine and have no such
+allowance. Other test files have no budget and only appear among the slowest.
 """
 
 from __future__ import annotations
