@@ -3,6 +3,7 @@
 $ python -m corelib.kernels.report              # the card, a row per kernel, direction and target
 $ python -m corelib.kernels.report --json       # every specialisation, with all that was measured
 $ python -m corelib.kernels.report --update     # run gates 1 and 2 again for what has changed
+$ python -m corelib.kernels.report --update OP  # the same for one kernel module
 
 The card is read from the shipped ``report.json``: no Triton and no GPU is needed. That file is also
 the cache of the compile gate: a kernel is compiled again only when a hash of its source, of the
@@ -206,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen.update or chosen.force:
         from corelib.kernels.gates.refresh import update
 
-        report = update(force=chosen.force, jobs=chosen.jobs)
+        report = update(module=chosen.module, force=chosen.force, jobs=chosen.jobs)
         refused = any(row["problems"] for row in report["rows"])
         refused |= not all(module["interpreted"] for module in report["modules"].values())
     print(json.dumps(rows(chosen.module), indent=1) if chosen.json else table(chosen.module))

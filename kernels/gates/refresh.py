@@ -18,34 +18,46 @@ from corelib.kernels.report import SHIPPED, kernel_modules, parts, read, source_
 ROOT = SHIPPED.parent.parent
 
 
-def update(*, force: bool = False, jobs: int = 2, path: pathlib.Path = SHIPPED) -> dict[str, Any]:
+def update(
+    *, module: str | None = None, force: bool = False, jobs: int = 2, path: pathlib.Path = SHIPPED
+) -> dict[str, Any]:
     """Run gates 1 and 2 for the kernel modules that changed, and write the report.
 
     Args:
+        module: look at this kernel module alone.
         force: for all of them, changed or not.
         jobs: how many targets are compiled at once.
     """
     import triton
 
-    report = read(path)
-    present = kernel_modules()
+    report, present = read(path), kernel_modules()
     changed = present if force or report["triton"] != triton.__version__ else stale(report)
-    report["triton"] = triton.__version__
-    for name in changed:
-        report["rows"] = [row for row in report["rows"] if row["module"] != name]
-        report["modules"].pop(name, None)
+    for name in (name for name in changed if module in (None, name)):
+        entry, compiled = None, []
         if name in present:
             print(f"· {name}: compiling for {', '.join(TARGETS)}", file=sys.stderr, flush=True)
-            read_before = source_hash(name)  # an edit meanwhile makes it stale again
-            report["rows"] += _compiled(name, jobs)
-            report["modules"][name] = {"hash": read_before, "interpreted": False, "runs": []}
-            write(report, path)
-    for name, entry in report["modules"].items():
-        if not entry["interpreted"]:
+            entry = {"hash": source_hash(name), "interpreted": False, "runs": []}
+            compiled = _compiled(name, jobs)  # an edit meanwhile makes it stale again
+        _replace(name, entry, compiled, path)
+    for name, entry in read(path)["modules"].items():
+        if not entry["interpreted"] and module in (None, name):
             print(f"· {name}: running its tests interpreted", file=sys.stderr, flush=True)
-            entry["interpreted"] = tests_pass(name)
-            write(report, path)
-    return report
+            _replace(name, entry | {"interpreted": tests_pass(name)}, None, path)
+    return read(path)
+
+
+def _replace(name: str, entry: dict | None, rows: list | None, path: pathlib.Path) -> None:
+    """Put one module's part into the report as it now stands: another run may have written too."""
+    import triton
+
+    report = read(path)
+    report["triton"] = triton.__version__
+    report["modules"] = {key: kept for key, kept in report["modules"].items() if key != name}
+    if entry is not None:
+        report["modules"][name] = entry
+    if rows is not None:
+        report["rows"] = [row for row in report["rows"] if row["module"] != name] + rows
+    write(report, path)
 
 
 def write(report: dict[str, Any], path: pathlib.Path = SHIPPED) -> None:

@@ -1,0 +1,1 @@
+"""Serving and KV caches: a module a paper, named by its slug in the catalog."""

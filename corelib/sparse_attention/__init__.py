@@ -1,0 +1,1 @@
+"""Sparse attention: a module a paper, named by its slug in the catalog."""

@@ -1,0 +1,1 @@
+"""State-space models: a module a paper, named by its slug in the catalog."""
