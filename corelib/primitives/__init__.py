@@ -11,6 +11,7 @@ from .attention import (
     masked_attention_reference,
     visible_keys,
 )
+from .gather_decode import gather_decode, gather_decode_reference
 from .masks import Mask
 from .merge import merge_partials
 from .rope import (
@@ -42,6 +43,8 @@ __all__ = [
     "attention_reference",
     "cumulative_lengths",
     "dynamic_ntk_frequencies",
+    "gather_decode",
+    "gather_decode_reference",
     "half_split_to_interleaved",
     "interleaved_to_half_split",
     "linear_frequencies",
