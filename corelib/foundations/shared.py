@@ -158,8 +158,18 @@ def keys_held(lengths: Int[Tensor, B] | None, B: int, S: int) -> list[int]:
 
 
 def check_counts(**counts: int) -> None:
+    """Raise TypeError or ValueError, naming the first argument that is no whole number from 1."""
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def check_positive(**numbers: Real) -> None:
+    """Raise TypeError or ValueError, naming the first argument that is no positive number."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        if not value > 0:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
