@@ -1,0 +1,290 @@
+"""ShadowKV: low-rank keys on the device, values on the host (arXiv 2410.21465).
+
+Idea: before RoPE the keys of a prompt have low rank, after it they do not. So keep the factors of
+the unrotated keys on the device, move the values to the host, and for each new token rebuild the
+keys, and fetch the values, of the few chunks that its query selects.
+
+    left @ right[g]  ~=  unrotated keys         from an SVD of all heads side by side
+    landmark_p        =  mean of the rotated keys of chunk p
+    score_p           =  max over the group's heads of softmax_p(q . landmark_p * D ** -0.5)
+    key_j             =  RoPE(left[j] @ right[g], j)         for the tokens j of selected chunks
+
+Attention then runs over the selected chunks, the outlier chunks, the end of the prompt and what was
+generated. Outliers are the chunks whose least cosine between a key and the landmark is lowest: a
+mean says little about them.
+
+| here            | paper                 | what                                                   |
+|:----------------|:----------------------|:-------------------------------------------------------|
+| left            | A = U                 | ``(B, S, R)``, shared by the heads                     |
+| right           | B = Sigma V^T         | ``(B, G, R, D)``                                       |
+| landmarks       | L                     | ``(B, G, P, D)``, without those of the outliers        |
+| rank            | r, 160 of 1,024       | ``R``                                                  |
+| chunk, budget   | chunk size, K         | 8 tokens; 2,048 selected tokens                        |
+| outliers, local | 48 outliers, 4 chunks | kept exact on the device; local also has the remainder |
+
+Exact: with ``rank`` the rank of the unrotated keys and ``budget`` all chunks it is full attention.
+Approximate: everything else; what is not selected is not seen at all. As in the released code, what
+the last step selected stays on the device and only what is new is rebuilt and fetched. Different:
+only the tokens that may have to be rebuilt are factored, not the exact end of the prompt; fetching
+and rebuilding do not overlap. The contract hands a cache *rotated* keys: they are rotated back to
+be factored, which is exact, as RoPE is orthogonal. Left out: prompts of several turns (what follows
+the first prompt stays exact on the device), fused selection kernels.
+Cost: a long prompt holds ``R + G D / chunk`` numbers a token on the device, not ``2 G D``. A step
+reads the landmarks, rebuilds and fetches at most ``budget`` tokens, so that ``budget G D`` numbers
+at most cross between the tiers whatever the length; once, the SVD is ``S (G D)^2`` work.
+Oracle: full attention; compare ``ShadowKVCache`` in ``models/kv_cache.py`` of bytedance/ShadowKV.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from corelib.primitives import attention, rope_half_split
+from corelib.primitives.gather_decode import take_rows
+
+from .low_rank import KeyFactors, factor_keys, rebuild_keys
+from .prompt_cache import PromptCache
+from .shared import PagedStore, TierMeter, landmark_scores, page_positions, plan_fetch, top_pages
+
+Frequencies = Float[Tensor, " pairs"]
+Ids = Int[Tensor, "B G m"]
+
+
+def landmarks_and_outliers(
+    keys: Float[Tensor, "B G S D"], chunk: int, outliers: int
+) -> tuple[Float[Tensor, "B G P D"], Int[Tensor, "B G o"]]:
+    """The mean key of each chunk, and the ``outliers`` chunks (per head) that it fits worst.
+
+    ``keys`` are rotated and fill whole chunks.
+    """
+    if keys.shape[2] % chunk:
+        raise ValueError(f"keys: expected whole chunks of {chunk}, got {keys.shape[2]} tokens")
+    chunks = keys.unflatten(2, (-1, chunk))
+    landmarks = chunks.mean(3)
+    worst = F.cosine_similarity(chunks, landmarks[:, :, :, None], dim=-1).amin(-1)
+    return landmarks, worst.topk(min(outliers, worst.shape[-1]), largest=False).indices
+
+
+# --- the reference --------------------------------------------------------------------------------
+
+
+def shadowkv_reference(
+    q: Float[Tensor, "B H L D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S V"],
+    frequencies: Frequencies,
+    *,
+    prompt: int,
+    rank: int = 160,
+    budget: int = 2048,
+    chunk: int = 8,
+    outliers: int = 48,
+    local: int = 4,
+    scale: float | None = None,
+) -> Float[Tensor, "B H L V"]:
+    """One decode step, head by head, from all rotated keys: the first ``prompt`` are the prompt."""
+    (B, H, L, D), (G, S) = q.shape, k.shape[1:3]
+    scale = D**-0.5 if scale is None else scale
+    far = max(prompt // chunk - local, 0) * chunk
+    unrotated = rope_half_split(k[:, :, :far], -torch.arange(far), frequencies)
+    places = torch.arange(S)
+    out = q.new_zeros(B, H, L, v.shape[3])
+    for b in range(B):
+        u, s, vt = torch.linalg.svd(unrotated[b].transpose(0, 1).flatten(1), full_matrices=False)
+        low = ((u[:, :rank] * s[:rank]) @ vt[:rank]).unflatten(1, (G, D)).transpose(0, 1)
+        rebuilt = rope_half_split(low[None], torch.arange(far), frequencies)[0]
+        for g in range(G):
+            heads = slice(g * (H // G), (g + 1) * (H // G))
+            exact, chosen = _choose(q[b, heads], k[b, g, :far], budget, chunk, outliers, scale)
+            keys = k[b, g].clone()
+            keys[:far][chosen] = rebuilt[g][chosen]
+            seen = torch.cat([exact | chosen, torch.ones(S - far, dtype=torch.bool)])
+            visible = seen & (places <= S - L + torch.arange(L)[:, None])
+            scores = (q[b, heads] @ keys.T * scale).masked_fill(~visible, -torch.inf)
+            out[b, heads] = scores.softmax(-1) @ v[b, g]
+    return out
+
+
+def _choose(q: Tensor, k: Tensor, budget: int, chunk: int, outliers: int, scale: float):
+    """For one key head: which tokens are kept exact, and which are selected."""
+    chunks = k.unflatten(0, (-1, chunk))
+    means = chunks.mean(1)
+    cosine = F.cosine_similarity(chunks, means[:, None], dim=-1).amin(1)
+    kept = torch.zeros(len(means), dtype=torch.bool)
+    kept[cosine.argsort()[:outliers]] = True
+    shares = (q @ means[~kept].T * scale).softmax(-1).sum(1).amax(0)
+    best = shares.argsort(descending=True)[: budget // chunk]
+    chosen = torch.zeros_like(kept)
+    chosen[torch.arange(len(means))[~kept][best]] = True
+    return kept.repeat_interleave(chunk), chosen.repeat_interleave(chunk)
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+class ShadowPrompt:
+    """A packed prompt of ``length`` tokens (`corelib.serving.prompt_cache.PackedPrompt`).
+
+    ``keys, values`` are what attention reads, in slots that never move: ``m`` selected chunks,
+    whose numbers are ``held (B, G, m)`` (-1: none yet), then the outliers, then the local tokens.
+    """
+
+    def __init__(
+        self,
+        k: Float[Tensor, "B G n D"],
+        v: Float[Tensor, "B G n V"],
+        cache: ShadowKVCache,
+    ):
+        self.length, self.chunk, self.frequencies = k.shape[2], cache.chunk, cache.frequencies
+        self.chunks = self.length // self.chunk - cache.local
+        far = self.chunks * self.chunk
+        places = torch.arange(far, device=k.device)
+        unrotated = rope_half_split(k[:, :, :far], -places, self.frequencies)
+        self.factors = factor_keys(unrotated, cache.rank)
+        landmarks, self.outliers = landmarks_and_outliers(k[:, :, :far], self.chunk, cache.outliers)
+        others = torch.ones(landmarks.shape[:3], dtype=torch.bool, device=k.device)
+        others.scatter_(2, self.outliers, False)
+        self.landmarks = landmarks[others].unflatten(0, (*others.shape[:2], -1))
+        self.numbers = others.nonzero()[:, 2].unflatten(0, (*others.shape[:2], -1))
+        self.store = PagedStore(v[:, :, :far].unflatten(2, (-1, self.chunk)), cache.meter)
+        m = min(cache.budget // self.chunk, self.numbers.shape[2])
+        self.held = torch.full_like(self.numbers[..., :m], -1)
+        self.keys, self.values = (self._slots(x, m) for x in (k, v))
+
+    def _slots(self, x: Tensor, m: int) -> Tensor:
+        outliers = take_rows(x, page_positions(self.outliers, self.chunk))
+        selected = x.new_zeros(*x.shape[:2], m * self.chunk, x.shape[3])
+        return torch.cat([selected, outliers, x[:, :, self.chunks * self.chunk :]], 2)
+
+    def attend(self, q: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+        """Select for ``q``, load what is missing, attend."""
+        best = top_pages(landmark_scores(q, self.landmarks, scale=scale), self.held.shape[2])
+        self.load(self.numbers.gather(2, best))
+        return attention(q, self.keys, self.values, causal=False, scale=scale, return_lse=True)
+
+    def load(self, wanted: Ids) -> None:
+        """Bring the chunks ``wanted (B, G, m)`` into the slots; those that are there stay."""
+        slots, ids = plan_fetch(self.held, wanted, self.chunks)
+        missing = int((ids >= 0).sum())
+        self.store.meter.misses += missing
+        self.store.meter.hits += wanted.numel() - missing
+        if missing == 0:
+            return
+        values = self.store.fetch(ids)
+        keys = rebuild_keys(self.factors, page_positions(ids, self.chunk), self.frequencies)
+        b, g, j = (ids >= 0).nonzero(as_tuple=True)
+        slot = slots[b, g, j]
+        self.held[b, g, slot] = ids[b, g, j]
+        tokens = slot[:, None] * self.chunk + torch.arange(self.chunk, device=slot.device)
+        self.values[b[:, None], g[:, None], tokens] = values[b, g, j]
+        self.keys[b[:, None], g[:, None], tokens] = keys.unflatten(2, (-1, self.chunk))[b, g, j]
+
+    def unpack(self) -> tuple[Tensor, Tensor]:
+        """All keys, rebuilt where they are not held exactly, and all values."""
+        every = torch.arange(self.chunks, device=self.keys.device)
+        every = every.expand(*self.held.shape[:2], -1)
+        keys = rebuild_keys(self.factors, page_positions(every, self.chunk), self.frequencies)
+        first = self.held.shape[2] * self.chunk
+        exact = self.outliers.shape[2] * self.chunk
+        at = page_positions(self.outliers, self.chunk)[..., None].expand(-1, -1, -1, keys.shape[3])
+        keys = keys.scatter(2, at, self.keys[:, :, first : first + exact])
+        local = [x[:, :, first + exact :] for x in (self.keys, self.values)]
+        values = self.store.fetch(every).flatten(2, 3)
+        return torch.cat([keys, local[0]], 2), torch.cat([values, local[1]], 2)
+
+    def rows(self, rows: Int[Tensor, " R"]) -> ShadowPrompt:
+        """The same for these batch rows."""
+        kept = ShadowPrompt.__new__(ShadowPrompt)
+        kept.__dict__ |= self.__dict__
+        for name in ("outliers", "landmarks", "numbers", "held", "keys", "values"):
+            setattr(kept, name, getattr(self, name)[rows])
+        kept.factors = KeyFactors(*(x[rows] for x in self.factors))
+        kept.store = self.store.rows(rows)
+        return kept
+
+    def bytes(self, tier: str) -> int:
+        if tier == "host":
+            return self.store.nbytes
+        names = ("outliers", "landmarks", "numbers", "held", "keys", "values")
+        return sum(x.nbytes for x in (*self.factors, *(getattr(self, n) for n in names)))
+
+
+class ShadowKVCache(PromptCache):
+    """A cache for any model with rotary positions (`corelib.contracts.KVCache`).
+
+    Args:
+        frequencies: ``(D / 2,)`` radians per position, those of the model (`rope_half_split`).
+        rank: of the key factors; all heads' keys of a token side by side have ``G * D`` channels.
+        budget: tokens to select for each key/value head, a multiple of ``chunk``.
+        chunk: tokens in a chunk.
+        outliers: chunks for each key/value head that are kept exact.
+        local: chunks at the end of the prompt that are kept exact, with the remainder.
+        meter: counts what crosses between the tiers; a new one by default.
+
+    Prompts that end before there is a chunk to pack stay as they are.
+    """
+
+    def __init__(
+        self,
+        frequencies: Frequencies,
+        *,
+        rank: int = 160,
+        budget: int = 2048,
+        chunk: int = 8,
+        outliers: int = 48,
+        local: int = 4,
+        meter: TierMeter | None = None,
+    ):
+        super().__init__()
+        least = dict(rank=1, budget=0, chunk=1, outliers=0, local=0)
+        given = dict(rank=rank, budget=budget, chunk=chunk, outliers=outliers, local=local)
+        for name, value in given.items():
+            if value < least[name]:
+                raise ValueError(f"{name}: expected at least {least[name]}, got {value}")
+        if budget % chunk:
+            raise ValueError(f"budget: expected a multiple of chunk, {chunk}, got {budget}")
+        self.frequencies, self.rank, self.budget, self.chunk = frequencies, rank, budget, chunk
+        self.outliers, self.local = outliers, local
+        self.meter = TierMeter() if meter is None else meter
+
+    def pack(self, k: Tensor, v: Tensor, q: Tensor) -> ShadowPrompt | None:
+        if k.shape[2] // self.chunk <= self.local:
+            return None
+        if 2 * self.frequencies.shape[0] != k.shape[3]:
+            raise ValueError(
+                f"frequencies: expected {k.shape[3] // 2} for keys {k.shape[3]} wide, "
+                f"got {self.frequencies.shape[0]}"
+            )
+        return ShadowPrompt(k, v, self)
+
+    def selected(self, layer: int) -> Ids:
+        """The chunks of the prompt that the last step of ``layer`` selected, in no order."""
+        prompt = self.layers[layer].prompt if layer in self.layers else None
+        if prompt is None:
+            raise ValueError(f"layer: expected one with a packed prompt, got {layer}")
+        return prompt.held
+
+
+def example() -> dict:
+    """A prompt of 70 tokens with two key heads, a query, and settings that leave out much.
+
+    >>> q, k, v = (example()[name] for name in "qkv")
+    >>> cache = ShadowKVCache(**example()["settings"])
+    >>> cache.append(0, k[:, :, :-1], v[:, :, :-1])
+    >>> _ = cache.attend(0, q.expand(-1, -1, 70, -1))
+    >>> cache.append(0, k[:, :, -1:], v[:, :, -1:])
+    >>> cache.attend(0, q).shape
+    torch.Size([1, 4, 1, 16])
+    >>> cache.selected(0).shape
+    torch.Size([1, 2, 3])
+    """
+    from corelib.primitives import rope_frequencies
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 4, 1, 16), (1, 2, 71, 16), (1, 2, 71, 16)
+    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    settings = dict(rank=8, budget=12, chunk=4, outliers=2, local=2)
+    return dict(q=q, k=k, v=v, settings=dict(frequencies=rope_frequencies(16), **settings))
