@@ -39,7 +39,7 @@ import dataclasses
 import heapq
 import json
 import pathlib
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterable
 from numbers import Real
 from typing import NamedTuple
@@ -226,27 +226,28 @@ def session_sim(
     if room < 1:
         raise ValueError(f"n: expected a context that fits beside the weights, got {n}")
     queue = [(0.0, user, 0) for user in range(users)]  # ready since, who, rounds done
-    held: OrderedDict[int, None] = OrderedDict()  # least recently used first
+    held: deque[int] = deque()  # everybody comes in turn: the first was used longest ago
     spans, now, switches = [], 0.0, 0
     while queue:
         ready, user, done = heapq.heappop(queue)
         now = max(now, ready)
-        out = user not in held and len(held) == room
-        if out:
-            held.popitem(last=False)
-        swap = switch / 2 * (out + (user not in held and done > 0))
+        out = back = False
+        if user not in held:
+            out, back = len(held) == room, done > 0
+            if out:
+                held.popleft()
+            held.append(user)
+        swap = switch / 2 * (out + back)
         work = (("switch", swap), ("prefill", 0.0 if done else prefill), ("answer", decode))
         for kind, seconds in work:
             if seconds:
                 spans.append(Span(user, kind, now, now + seconds))
                 now += seconds
         switches += swap > 0
-        held[user] = None
-        held.move_to_end(user)
         if done + 1 < rounds:
             heapq.heappush(queue, (now + think, user, done + 1))
         else:
-            del held[user]
+            held.remove(user)
     return Sessions(spans, now, switches)
 
 
