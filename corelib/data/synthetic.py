@@ -7,7 +7,8 @@ explicit generator, so that a seed names the data.
 Sources: passkey (Mohtashami & Jaggi, arXiv 2305.16300), MQAR (Arora et al., arXiv 2312.04927,
 section 3), selective copying and induction (Gu & Dao, arXiv 2312.00752, section 4.1), delayed
 recall (the adding-problem family: Hochreiter & Schmidhuber 1997, section 5; here one symbol is
-held over a delay).
+held over a delay), chain of keys (the variable tracking of RULER, Hsieh et al., arXiv 2404.06654,
+section 3, reduced to ids).
 """
 
 from __future__ import annotations
@@ -202,3 +203,36 @@ def delayed_recall(
     targets = torch.full_like(ids, IGNORE)
     targets[:, -1] = ids[:, 0]
     return TaskBatch(ids, targets)
+
+
+def chain_of_keys(
+    batch: int, length: int, *, vocab: int, hops: int, ask: int, generator: torch.Generator
+) -> TaskBatch:
+    """Look a key up, then what was found, and so on: ``hops`` times, through shuffled pairs.
+
+    A row is ``k v k v … ask start``. Its pairs are the links of chains ``a -> b -> c …`` of
+    ``hops`` links, in random order; the last chain may be cut short, and with an odd ``length``
+    the row begins with an id of its own. Only the last position is scored: the end of the chain
+    that begins with ``start``. With ``hops=1`` it is one associative lookup.
+    """
+    _require("hops", hops, 1)
+    _require("length", length, 2 * hops + 2)
+    links = (length - 2) // 2
+    chains, rest = divmod(links, hops)
+    used = links + chains + (rest > 0) + length % 2
+    usable = torch.tensor([i for i in range(vocab) if i != ask])
+    _require("vocab", vocab, used + (ask < vocab))
+    rows = [usable[torch.randperm(len(usable), generator=generator)[:used]] for _ in range(batch)]
+    ids = torch.stack(rows)
+    whole = ids[:, : chains * (hops + 1)].view(batch, chains, hops + 1)
+    cut = ids[:, chains * (hops + 1) : used - length % 2]
+    pairs = torch.stack([whole[..., :-1], whole[..., 1:]], -1).flatten(1, 2)
+    if rest:
+        pairs = torch.cat([pairs, torch.stack([cut[:, :-1], cut[:, 1:]], -1)], 1)
+    order = torch.stack([torch.randperm(links, generator=generator) for _ in range(batch)])
+    pairs = pairs.gather(1, order[..., None].expand(-1, -1, 2)).flatten(1)
+    end = torch.tensor([[ask]]).expand(batch, 1)
+    row = torch.cat([ids[:, used - length % 2 :], pairs, end, whole[:, 0, :1]], 1)
+    targets = torch.full_like(row, IGNORE)
+    targets[:, -1] = whole[:, 0, -1]
+    return TaskBatch(row, targets)

@@ -7,25 +7,12 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
-import tarfile
 
-FOLDER = pathlib.Path(__file__).parent
+from ._archive import FOLDER, read_archive
+
 CORPORA = ("shakespeare", "python")
 SPLITS = ("train", "valid", "test")
-
-
-@functools.cache
-def _archive(corpus: str, folder: pathlib.Path) -> dict[str, str]:
-    path = folder / f"{corpus}.tar.xz"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"the data file {path.name} is missing from {folder}; "
-            "bring it with: python -m corelib.data.build"
-        )
-    with tarfile.open(path) as tar:
-        return {m.name: tar.extractfile(m).read().decode("utf-8") for m in tar.getmembers()}
 
 
 def documents(corpus: str, split: str, folder: pathlib.Path = FOLDER) -> dict[str, str]:
@@ -43,7 +30,7 @@ def documents(corpus: str, split: str, folder: pathlib.Path = FOLDER) -> dict[st
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
     start = f"{split}/"
-    found = _archive(corpus, pathlib.Path(folder))
+    found = read_archive(corpus, pathlib.Path(folder))
     return {name[len(start) :]: text for name, text in found.items() if name.startswith(start)}
 
 

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from corelib.data import IGNORE, delayed_recall, induction, mqar, passkey, selective_copy
+from corelib.data import (
+    IGNORE,
+    chain_of_keys,
+    delayed_recall,
+    induction,
+    mqar,
+    passkey,
+    selective_copy,
+)
 
 
 def gen(seed=0):
@@ -97,6 +105,26 @@ def test_delayed_recall_asks_for_the_first_symbol():
     assert bool((batch.ids[:, -1] == 19).all())
 
 
+@pytest.mark.parametrize("length, hops", [(34, 1), (34, 4), (35, 3), (20, 9), (21, 9), (4, 1)])
+def test_chain_of_keys_ends_where_following_it_ends(length, hops):
+    batch = chain_of_keys(16, length, vocab=60, hops=hops, ask=59, generator=gen())
+    assert batch.ids.shape == (16, length) and int(scored(batch).sum()) == 16
+    for ids, targets in zip(*batch, strict=True):
+        *pairs, ask, at = ids.tolist()[length % 2 :]
+        value = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        assert ask == 59 and 59 not in pairs and len(value) == (length - 2) // 2
+        for _ in range(hops):
+            at = value[at]
+        assert int(targets[-1]) == at and at not in value
+
+
+def test_chain_of_keys_hides_its_order():
+    """The pairs of the chain that is asked for stand anywhere, not one behind the other."""
+    batch = chain_of_keys(200, 18, vocab=40, hops=2, ask=0, generator=gen(7))
+    first = [ids[:-2:2].tolist().index(int(ids[-1])) for ids in batch.ids]
+    assert set(first) == set(range(8))
+
+
 def test_a_seed_names_the_data():
     first, again, other = (mqar(2, 32, vocab=50, pairs=4, generator=gen(s)) for s in (1, 1, 2))
     assert torch.equal(first.ids, again.ids) and not torch.equal(first.ids, other.ids)
@@ -114,5 +142,9 @@ def test_errors_name_the_argument():
         mqar(1, 16, vocab=50, pairs=8, generator=gen())
     with pytest.raises(ValueError, match="period: expected at least 1"):
         induction(1, 16, vocab=50, period=0, generator=gen())
+    with pytest.raises(ValueError, match="length: expected at least 8"):
+        chain_of_keys(1, 7, vocab=50, hops=3, ask=0, generator=gen())
+    with pytest.raises(ValueError, match="vocab: expected at least 17"):
+        chain_of_keys(1, 18, vocab=16, hops=1, ask=0, generator=gen())
     with pytest.raises(ValueError, match="symbols"):
         delayed_recall(1, 16, vocab=4, ask=3, generator=gen(), symbols=[0, 1, 2])

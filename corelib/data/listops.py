@@ -1,0 +1,100 @@
+"""ListOps: nested lists of digits to work out, such as ``[MAX 2 [MIN 4 7 ] 0 ]`` = 4.
+
+The grammar of Nangia and Bowman (arXiv 1804.06028) with the settings of Long Range Arena (Tay et
+al., arXiv 2011.04006, section 2.2.1, and its released generator): above the deepest level a node is
+an operator with probability 1/4 and else a digit; the four operators are equally likely; the number
+of arguments is uniform from 2 to ``args``. ``MED`` is the median, halves rounded down; ``SM`` the
+sum modulo 10. Expressions are kept whose number of tokens lies within bounds, which also decides
+the law of the answers: 9 and 0 are far more common than 5.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .labelled import PAD, LabelledBatch, pad_rows, python_random
+
+OPERATORS: dict[str, Callable[[Sequence[int]], int]] = {
+    "[MIN": min,
+    "[MAX": max,
+    "[MED": lambda values: int(statistics.median(values)),
+    "[SM": lambda values: sum(values) % 10,
+}
+TOKENS = ("<pad>", *map(str, range(10)), *OPERATORS, "]")
+OPERATOR_SHARE = 0.25
+
+
+def listops(
+    batch: int,
+    *,
+    min_length: int,
+    max_length: int,
+    generator: torch.Generator,
+    depth: int = 10,
+    args: int = 10,
+) -> LabelledBatch:
+    """Expressions of ``min_length`` to ``max_length`` tokens, padded to the latter.
+
+    Ids index `TOKENS`. ``depth``: how deep lists nest, the innermost digits counted; the paper
+    draws lengths of 500 to 2,000 tokens. Labels are the values, 0 to 9.
+
+    Raises ``ValueError`` where no expression can have such a length.
+    """
+    if not 4 <= min_length <= max_length:
+        raise ValueError(
+            f"min_length, max_length: expected 4 <= min_length <= max_length, "
+            f"got {min_length} and {max_length}"
+        )
+    if depth < 2 or args < 2:
+        raise ValueError(f"depth, args: expected at least 2, got {depth} and {args}")
+    if min_length > longest(depth, args):
+        raise ValueError(
+            f"min_length: lists {depth} deep with {args} arguments have at most "
+            f"{longest(depth, args)} tokens, got {min_length}"
+        )
+    random = python_random(generator)
+    rows, labels = [], []
+    while len(rows) < batch:
+        row: list[int] = []
+        value = _node(row, 1, depth, args, max_length, random)
+        if value is not None and min_length <= len(row) <= max_length:
+            rows.append(row)
+            labels.append(value)
+    return LabelledBatch(*pad_rows(rows, max_length), torch.tensor(labels))
+
+
+def _node(row: list[int], level: int, depth: int, args: int, room: int, random: random.Random):
+    """Append one expression to ``row``; its value, or None when it does not fit in ``room``."""
+    if len(row) >= room:
+        return None  # too long already: the draw is rejected, so no need to finish it
+    if level >= depth or random.random() > OPERATOR_SHARE:
+        digit = random.randrange(10)
+        row.append(TOKENS.index("0") + digit)
+        return digit
+    operator = random.choice(list(OPERATORS))
+    row.append(TOKENS.index(operator))
+    values = []
+    for _ in range(random.randint(2, args)):
+        value = _node(row, level + 1, depth, args, room, random)
+        if value is None:
+            return None
+        values.append(value)
+    row.append(TOKENS.index("]"))
+    return OPERATORS[operator](values)
+
+
+def longest(depth: int, args: int) -> int:
+    """Tokens of the largest expression: every node above the deepest level is a full list."""
+    tokens = 1
+    for _ in range(depth - 1):
+        tokens = 2 + args * tokens
+    return tokens
+
+
+def to_text(ids: Sequence[int]) -> str:
+    """Ids as the expression that they spell, without filling."""
+    return " ".join(TOKENS[i] for i in ids if i != PAD)
