@@ -99,6 +99,13 @@ def test_a_broken_mixer_is_named(broken, rule, x):
         conformance(broken(3), x)
 
 
+def test_a_leak_of_rounding_size_may_be_allowed(x):
+    mixer = Leaks(x.shape[-1])
+    conformance(mixer, x, leak=1e-10)
+    with pytest.raises(AssertionError, match="depends on the later input"):
+        conformance(mixer, x, leak=1e-14)
+
+
 def test_probe_shows_the_triangle(x):
     influence = causality_probe(lambda value: value.cumsum(1), x)
     assert torch.equal(influence > 0, torch.ones(7, 7).tril().bool())
