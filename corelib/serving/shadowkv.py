@@ -268,6 +268,48 @@ class ShadowKVCache(PromptCache):
         return prompt.held
 
 
+# --- bytes, in closed form ------------------------------------------------------------------------
+
+
+def held_bytes(
+    length: int,
+    *,
+    G: int,
+    D: int,
+    rank: int = 160,
+    budget: int = 2048,
+    chunk: int = 8,
+    outliers: int = 48,
+    local: int = 4,
+    itemsize: int = 2,
+) -> tuple[int, int]:
+    """``(device, host)``: what the packed prompt of one layer and request holds in each tier."""
+    chunks = length // chunk - local
+    slots = min(budget // chunk, chunks - outliers)
+    exact = slots * chunk + outliers * chunk + length - chunks * chunk
+    factors = (chunks * chunk + G * D) * rank
+    numbers = G * D * (chunks - outliers) + factors + 2 * G * D * exact
+    return numbers * itemsize + G * (chunks + slots) * 8, G * D * chunks * chunk * itemsize
+
+
+def step_bytes(
+    length: int, *, G: int, D: int, hit_rate: float = 0.0, itemsize: int = 2, **settings: int
+) -> tuple[float, float]:
+    """``(device, link)``: bytes that one step of one layer reads on the device, and fetches.
+
+    On the device: the landmarks, the factors of what has to be rebuilt (and those keys, written and
+    read), and all slots. ``hit_rate``: share of the selected chunks that were there already.
+    """
+    kept = dict(rank=160, budget=2048, chunk=8, outliers=48, local=4) | settings
+    chunks = length // kept["chunk"] - kept["local"]
+    slots = min(kept["budget"] // kept["chunk"], chunks - kept["outliers"])
+    new = (1 - hit_rate) * slots * kept["chunk"]
+    exact = (slots + kept["outliers"]) * kept["chunk"] + length - chunks * kept["chunk"]
+    landmarks = G * D * (chunks - kept["outliers"])
+    rebuilt = G * new * (kept["rank"] + D) + G * D * kept["rank"]
+    return (landmarks + rebuilt + 2 * G * D * exact) * itemsize, G * D * new * itemsize
+
+
 def example() -> dict:
     """A prompt of 70 tokens with two key heads, a query, and settings that leave out much.
 

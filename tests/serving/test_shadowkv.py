@@ -18,9 +18,11 @@ from corelib.serving.shadowkv import (
     ShadowKVCache,
     example,
     factor_keys,
+    held_bytes,
     landmarks_and_outliers,
     rebuild_keys,
     shadowkv_reference,
+    step_bytes,
 )
 from corelib.serving.shared import TierMeter
 
@@ -196,8 +198,8 @@ def test_what_the_last_step_selected_is_not_moved_again():
         new = sum(len(now - then) for now, then in zip(chosen, held, strict=True))
         assert meter.to_device - before.to_device == new * page and 0 < new <= 20
         assert (meter.hits - before.hits, meter.misses - before.misses) == (20 - new, new)
-        held, before = chosen, dataclasses.replace(meter)
-    cache.attend(0, q)  # the same query again: nothing is new
+        held, before, last = chosen, dataclasses.replace(meter), q
+    cache.attend(0, last)  # the same query again: nothing is new
     assert meter.to_device == before.to_device and meter.hits == before.hits + 20
 
 
@@ -210,6 +212,21 @@ def test_device_bytes_are_the_factors_and_what_is_kept():
         held[prompt] = cache.bytes()
     assert held[320] - held[160] == 160 * (4 + 2 * 8 / 8 + 2 / 8) * 8
     assert held[320] < 0.4 * 320 * 2 * 2 * 8 * 8
+
+
+@pytest.mark.parametrize("prompt", [57, 160])
+def test_bytes_in_closed_form(prompt):
+    _, k, v = random_inputs(prompt + 1, B=1)
+    settings = dict(rank=4, budget=32, chunk=4, outliers=2, local=2)
+    cache = filled(k, v, prompt, 4, **settings)
+    device, host = held_bytes(prompt, G=2, D=8, **settings, itemsize=8)
+    assert (cache.bytes(), cache.bytes("host")) == (device, host)
+    _ = list(decode(cache, k, v, prompt))
+    assert step_bytes(prompt, G=2, D=8, **settings, itemsize=8)[1] == cache.meter.to_device
+    all_hits = step_bytes(prompt, G=2, D=8, **settings, itemsize=8, hit_rate=1.0)
+    assert (
+        all_hits[1] == 0 and all_hits[0] < step_bytes(prompt, G=2, D=8, **settings, itemsize=8)[0]
+    )
 
 
 # --- the contract ---------------------------------------------------------------------------------
