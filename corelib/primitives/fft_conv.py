@@ -86,8 +86,12 @@ def fast_length(n: int) -> int:
 
 def _convolve(u: Tensor, kernel: Tensor, circle: int) -> Tensor:
     if u.dtype in (torch.float16, torch.bfloat16):
-        return _CircularConv.apply(u.float(), kernel.float(), circle).to(u.dtype)
-    return _CircularConv.apply(u, kernel, circle)
+        return _convolve(u.float(), kernel.float(), circle).to(u.dtype)
+    if torch.is_grad_enabled() and (u.requires_grad or kernel.requires_grad):
+        return _CircularConv.apply(u, kernel, circle)
+    spectrum = torch.fft.rfft(u, n=circle)
+    spectrum *= torch.fft.rfft(kernel, n=circle)
+    return torch.fft.irfft(spectrum, n=circle)[..., : u.shape[-1]]
 
 
 class _CircularConv(torch.autograd.Function):
