@@ -31,6 +31,7 @@ class DecoderConfig:
     hidden: int = 704  # of the SwiGLU
     context: int = 2048  # the longest sequence trained on
     rope_theta: float = 10_000.0
+    qkv_bias: bool = False  # as in Qwen2
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -55,7 +56,7 @@ class Decoder(nn.Module):
         c = self.config = config
         self.embed_tokens = nn.Embedding(c.vocab, c.width)
         self.layers = nn.ModuleList(
-            Block(c.width, c.heads, c.kv_heads, c.head_width, c.hidden, self.causal)
+            Block(c.width, c.heads, c.kv_heads, c.head_width, c.hidden, self.causal, c.qkv_bias)
             for _ in range(c.layers)
         )
         self.norm = RMSNorm(c.width)
@@ -66,13 +67,12 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
-        """Normal, deviation 0.02; matrices that write to the residual stream start smaller."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:
-                continue
-            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-            deviation = 0.02 / (2 * self.config.layers) ** 0.5 if writes else 0.02
-            parameter.normal_(0.0, deviation, generator=generator)
+        """Normal, half of what keeps a unit input at unit size; biases that look a step back."""
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, 0.5 * self.config.width**-0.5, generator=generator)
+        for number, block in enumerate(self.layers if self.config.qkv_bias else ()):
+            block.self_attn.look_back(self.frequencies, strength=3.0 * (number == 0))
 
     @property
     def dtype(self) -> torch.dtype:

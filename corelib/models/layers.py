@@ -64,15 +64,26 @@ class SwiGLU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions; ``H`` query, ``G`` key/value heads."""
+    """Grouped-query self-attention with rotary positions; ``H`` query, ``G`` key/value heads.
 
-    def __init__(self, width: int, heads: int, kv_heads: int, head_width: int, causal: bool):
+    ``qkv_bias``: queries, keys and values have a bias, as in Qwen2.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_width: int,
+        causal: bool,
+        qkv_bias: bool = False,
+    ):
         super().__init__()
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width
         self.causal = causal
-        self.q_proj = nn.Linear(width, heads * head_width, bias=False)
-        self.k_proj = nn.Linear(width, kv_heads * head_width, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * head_width, bias=False)
+        self.q_proj = nn.Linear(width, heads * head_width, bias=qkv_bias)
+        self.k_proj = nn.Linear(width, kv_heads * head_width, bias=qkv_bias)
+        self.v_proj = nn.Linear(width, kv_heads * head_width, bias=qkv_bias)
         self.o_proj = nn.Linear(heads * head_width, width, bias=False)
 
     def forward(
@@ -95,16 +106,42 @@ class Attention(nn.Module):
             out = cache.attend(layer, q)
         return self.o_proj(out.transpose(1, 2).reshape(B, L, -1))
 
+    @torch.no_grad()
+    def look_back(
+        self, frequencies: Float[Tensor, " pairs"], *, strength: float, pairs: int = 8
+    ) -> None:
+        """Set the biases so that, of itself, head ``h`` looks most at the token ``h + 1`` back.
+
+        Without any bias nothing in a query or key is the same at all tokens, and looking at a
+        distance is learnt slowly. Only the ``pairs`` fastest rotations tell neighbours apart.
+        """
+        D = self.head_width
+        pairs = min(pairs, D // 2)
+        for projection, back in ((self.q_proj, 1), (self.k_proj, 0)):
+            bias = projection.bias.zero_().view(-1, D)
+            heads = torch.arange(len(bias), dtype=frequencies.dtype)
+            angle = -back * (heads[:, None] + 1) * frequencies[:pairs]
+            bias[:, :pairs] = strength * angle.cos()
+            bias[:, D // 2 : D // 2 + pairs] = strength * angle.sin()
+        self.v_proj.bias.zero_()
+
 
 class Block(nn.Module):
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
 
     def __init__(
-        self, width: int, heads: int, kv_heads: int, head_width: int, hidden: int, causal: bool
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_width: int,
+        hidden: int,
+        causal: bool,
+        qkv_bias: bool = False,
     ):
         super().__init__()
         self.input_layernorm = RMSNorm(width)
-        self.self_attn = Attention(width, heads, kv_heads, head_width, causal)
+        self.self_attn = Attention(width, heads, kv_heads, head_width, causal, qkv_bias)
         self.post_attention_layernorm = RMSNorm(width)
         self.mlp = SwiGLU(width, hidden)
 

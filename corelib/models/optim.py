@@ -3,7 +3,8 @@
 Muon (Jordan et al., 2024, "Muon: an optimizer for hidden layers in neural networks") replaces a
 matrix's momentum ``M = U S V^T`` by about ``U V^T``, found by five Newton-Schulz steps, so that all
 directions move equally far. Scaled by ``0.2 * sqrt(max(rows, columns))`` the step has AdamW's
-usual size (Liu et al., arXiv 2502.16982, section 2.2), and both share one learning rate.
+usual size (Liu et al., arXiv 2502.16982, section 2.2), so that both can share one learning rate;
+here it is three times as large, with which the small models learn much faster.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalise(torch.lerp(p.grad, average, group["momentum"]))  # Nesterov
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                p.add_(update, alpha=-group["lr"] * 0.6 * max(p.shape) ** 0.5)
 
 
 def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:

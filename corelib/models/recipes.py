@@ -10,12 +10,16 @@ from .mixture import Mixture
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """``steps`` batches of ``rows`` sequences of ``length`` tokens, made by ``mixture``."""
+    """``steps`` batches of ``rows`` sequences of ``length`` tokens, made by ``mixture``.
+
+    ``guidance``: how much the loss of the two guided heads counts (`guidance.guided_hidden`).
+    """
 
     length: int
     rows: int
     steps: int
     mixture: Mixture = Mixture()
+    guidance: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Recipe:
     config: DecoderConfig
     stages: tuple[Stage, ...]
     lr: float = 3e-3
-    warmup: int = 60
+    warmup: int = 30
     decay: float = 0.25
     seed: int = 1
     eval_every: int = 200
@@ -74,8 +78,8 @@ def from_dict(stored: dict) -> Recipe:
     return Recipe(**parts)
 
 
-# Copying is what all retrieval is made of: a first stage of mostly repeats is to bring it early.
-COPYING_FIRST = Mixture(passkey=0.0, mqar=0.15, repeats=0.50)
+# Copying is what all retrieval is made of: a first stage of mostly repeats brings it early.
+COPYING_FIRST = Mixture(passkey=0.0, mqar=0.20, repeats=0.40)
 COPYING_STAYS = Mixture(passkey=0.10, mqar=0.10, repeats=0.10)
 
 RECIPES = {
@@ -84,21 +88,23 @@ RECIPES = {
         Recipe(
             "text_lm",
             "decoder",
-            DecoderConfig(),
+            DecoderConfig(qkv_bias=True),
             (
-                Stage(128, 32, 900, COPYING_FIRST),
+                Stage(128, 32, 160, COPYING_FIRST, guidance=0.5),
                 Stage(256, 16, 600, COPYING_STAYS),
-                Stage(512, 8, 400),
-                Stage(1024, 4, 350),
-                Stage(2048, 4, 300),
+                Stage(512, 8, 500),
+                Stage(1024, 4, 400),
+                Stage(2048, 4, 320),
             ),
         ),
         Recipe(
             "draft_lm",
             "decoder",
-            DecoderConfig(width=128, layers=2, heads=2, kv_heads=1, head_width=64, hidden=352),
+            DecoderConfig(
+                width=128, layers=2, heads=2, kv_heads=1, head_width=64, hidden=352, qkv_bias=True
+            ),
             (
-                Stage(128, 32, 300, COPYING_FIRST),
+                Stage(128, 32, 160, COPYING_FIRST, guidance=0.5),
                 Stage(256, 16, 900, COPYING_STAYS),
                 Stage(512, 8, 500),
                 Stage(2048, 2, 300),

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .decoder import Decoder
 from .encoder import Encoder
+from .guidance import guided_hidden
 from .mixture import masked_batch, text_rows, token_stream, training_batch
 from .optim import make_optimizers
 from .recipes import RECIPES, Recipe, from_dict
@@ -35,15 +36,26 @@ KINDS = {"decoder": Decoder, "encoder": Encoder}
 
 
 def weighted_loss(
-    model, ids: Int[Tensor, "B L"], targets: Int[Tensor, "B L"], weights: Float[Tensor, "B L"]
+    model,
+    ids: Int[Tensor, "B L"],
+    targets: Int[Tensor, "B L"],
+    weights: Float[Tensor, "B L"],
+    guidance: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy in nats, by ``weights``; matrices are multiplied in bfloat16."""
+    """Mean cross-entropy in nats, by ``weights``, and ``guidance`` times that of two heads.
+
+    Matrices are multiplied in bfloat16. The guide is that of `guidance.guided_hidden`.
+    """
+    guide = 0.0
     with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-        x = model.hidden(ids)[weights > 0]
-        logits = x @ model.embed_tokens.weight.T
+        if guidance:
+            x, guide = guided_hidden(model, ids, targets, weights > 0)
+        else:
+            x = model.hidden(ids)
+        logits = x[weights > 0] @ model.embed_tokens.weight.T
     nats = F.cross_entropy(logits.float(), targets[weights > 0], reduction="none")
     known = weights[weights > 0]
-    return (nats * known).sum() / known.sum()
+    return (nats * known).sum() / known.sum() + guidance * guide
 
 
 class Trainer:
@@ -74,7 +86,8 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = self.recipe.lr_at(self.done)
             optimizer.zero_grad(set_to_none=True)
-        loss = weighted_loss(self.model, ids, targets, weights)
+        guidance = self.recipe.stage_at(self.done).guidance
+        loss = weighted_loss(self.model, ids, targets, weights, guidance)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:

@@ -8,18 +8,19 @@ import torch
 from corelib.models.cache import DenseCache
 from corelib.models.decoder import Decoder, DecoderConfig, generate, greedy, sampler
 from corelib.models.encoder import Encoder
+from corelib.models.evaluate import AttentionRecorder
 
 TINY = DecoderConfig(
     vocab=50, width=24, layers=2, heads=4, kv_heads=2, head_width=6, hidden=40, context=64
 )
 
 
-def tiny(kind=Decoder):
+def tiny(kind=Decoder, config=TINY):
     """Weights of deviation 0.2, so that attention is far from uniform."""
-    model = kind(TINY, seed=3).double()
+    model = kind(config, seed=3).double()
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(10.0 if p.dim() == 2 else 1.0).add_(
+            p.mul_(2.0 if p.dim() == 2 else 1.0).add_(
                 0.05 * torch.sin(torch.arange(p.numel()).view_as(p).double())
             )
     return model
@@ -29,10 +30,11 @@ def ids(B, L, seed=0):
     return torch.randint(0, TINY.vocab, (B, L), generator=torch.Generator().manual_seed(seed))
 
 
-def test_equals_transformers_llama_with_the_same_weights():
+@pytest.mark.parametrize("family, qkv_bias", [("Llama", False), ("Qwen2", True)])
+def test_equals_transformers_with_the_same_weights(family, qkv_bias):
     transformers = pytest.importorskip("transformers")
-    c = TINY
-    config = transformers.LlamaConfig(
+    c = dataclasses.replace(TINY, qkv_bias=qkv_bias)
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=c.vocab,
         hidden_size=c.width,
         intermediate_size=c.hidden,
@@ -45,8 +47,8 @@ def test_equals_transformers_llama_with_the_same_weights():
         tie_word_embeddings=False,
         attn_implementation="eager",
     )
-    oracle = transformers.LlamaForCausalLM(config).double().eval()
-    ours = tiny()
+    oracle = getattr(transformers, f"{family}ForCausalLM")(config).double().eval()
+    ours = tiny(config=c)
     weights = ours.state_dict()
     tied = weights.pop("embed_tokens.weight")
     weights = {f"model.{name}": value for name, value in weights.items()}
@@ -58,6 +60,19 @@ def test_equals_transformers_llama_with_the_same_weights():
     # transformers computes the rotary angles and the norms' means in float32
     torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-5)
     assert float(expected.std()) > 0.5
+
+
+def test_biases_look_back():
+    """Head h of the first layer looks most h + 1 tokens back, whatever the tokens are."""
+    model = Decoder(dataclasses.replace(TINY, head_width=64, qkv_bias=True), seed=0).double()
+    recorder = AttentionRecorder()
+    with torch.no_grad():
+        model.layers[0].self_attn.q_proj.weight.zero_()
+        model(ids(1, 12), recorder)
+    for h in range(4):
+        assert (recorder.weights[0][0, h, 5:].argmax(-1) == torch.arange(5, 12) - h - 1).all()
+    even = torch.ones(12, 12).tril() / torch.arange(1, 13)[:, None]
+    assert float((recorder.weights[1] - even).abs().max()) < 0.3  # later layers: no preference
 
 
 @pytest.mark.parametrize("pieces", [[11], [1] * 11, [3, 1, 5, 2], [10, 1]])
