@@ -1,0 +1,175 @@
+"""What a decay does inside one chunk of a linear recurrence, and how gradients come back.
+
+Chunks are ``q, k (N, C, K)``, N of them side by side. With ``G_i`` the sum of the chunk's first
+``i`` log-decays (its own included), the recurrence needs four things of a chunk:
+
+    scores_ij = sum_c q_ic k_jc exp(G_ic - G_jc)   for j <= i, else 0     (N, C, C)
+    read_i    = q_i exp(G_i)                       queries of the state before the chunk
+    write_j   = k_j exp(G_C - G_j)                 keys into the state after the chunk
+    total     = exp(G_C)                           what is left of the state
+
+A vector decay (one a channel) cannot be pulled out of the sum over channels. Splitting it into
+``exp(G_i)`` and ``exp(-G_j)`` makes scores a matrix product, and overflows; writing all
+``exp(G_i - G_j)`` out costs ``C x C x K`` numbers. `VectorDecay` halves the chunk: between the
+right and the left half the factor splits at the boundary m, ``exp(G_i - G_m) exp(G_m - G_j)``, both
+at most 1, and each half is done in the same way. It stops halving at blocks so short that the
+plain split stays below ``exp(LARGEST)``; strong decays go down to single steps, where no positive
+number is exponentiated at all. The factors of the levels are running products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST = 40.0  # exp(40) is far from overflow even when the product of two such stands in a sum
+BY_HAND = 2  # blocks up to this wide are multiplied element by element: products cost more calls
+
+
+class VectorDecay:
+    """A decay for each channel: ``log_decay (N, C, K)``, C a power of two."""
+
+    def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor, width: int, keep: bool = False):
+        """``width`` of the blocks that are not halved (`plain_width`); ``keep`` for `pull`."""
+        self.q, self.k, self.width = q, k, width
+        (N, C, K), blocks = q.shape, q.shape[1] // width
+        g, queries, keys = (x.reshape(N * blocks, width, K) for x in (log_decay, q, k))
+        self.first = torch.exp(g[:, :1])
+        if width == 1:
+            self.down = self.up = None
+            self.read_plain, self.write_plain = queries, keys
+            last = torch.ones_like(self.first)
+        else:
+            sums = torch.bmm(_after_first(width, q.dtype).expand(N * blocks, -1, -1), g)
+            self.down, self.up = torch.exp(sums), torch.exp(-sums)
+            self.read_plain, self.write_plain = queries * self.down, keys * self.up
+            last = self.down[:, -1:]
+        self.last = last
+        self.scores = torch.zeros(N, C, C, dtype=q.dtype)
+        own = _outer(*(x.unflatten(0, (N, -1)) for x in (self.read_plain, self.write_plain)))
+        _blocks(self.scores, width, 1).copy_(own.tril_())
+        self.read = (self.read_plain * self.first).view(N, C, K)
+        self.write = (self.write_plain * last).view(N, C, K)
+        total = (self.first * last).view(N, blocks, K)
+        self.levels = self._halve(total, keep)
+
+    def _halve(self, total: Tensor, keep: bool) -> list[tuple[Tensor, ...]]:
+        """From pairs of neighbouring blocks to blocks of twice the width, up to the chunk."""
+        levels, width = [], self.width
+        while width < self.q.shape[1]:
+            right, left = _halves(self.read, width)[1], _halves(self.write, width)[0]
+            total_left, total_right = total.unflatten(1, (-1, 2)).unbind(2)
+            if keep:
+                levels.append((right.clone(), left.clone(), total_left, total_right))
+            _blocks(self.scores, width, 2).copy_(_outer(right, left))
+            right *= total_left[:, :, None]
+            left *= total_right[:, :, None]
+            total = total_left * total_right
+            width *= 2
+        self.total = total.mT  # (N, K, 1)
+        return levels
+
+    def pull(self, d_scores: Tensor, d_read: Tensor, d_write: Tensor) -> tuple[Tensor | None, ...]:
+        """``(d_q, d_k, d_G)`` without what flows through ``total``; overwrites its arguments."""
+        (N, C, K), width = self.q.shape, self.q.shape[1]
+        for right_was, left_was, total_left, total_right in reversed(self.levels):
+            width //= 2
+            block = _blocks(d_scores, width, 2)
+            right, left = _halves(d_read, width)[1], _halves(d_write, width)[0]
+            right *= total_left[:, :, None]
+            left *= total_right[:, :, None]
+            right += _product(block, left_was)
+            left += _product(block.mT, right_was)
+        block = _blocks(d_scores, width, 1)
+        d_q, d_k = (x.view(self.read_plain.shape) for x in (d_read, d_write))
+        d_q, d_k = d_q.mul_(self.first), d_k.mul_(self.last)
+        d_q += _product(block, self.write_plain.unflatten(0, (N, -1))).flatten(0, 1)
+        d_k += _product(block.mT, self.read_plain.unflatten(0, (N, -1))).flatten(0, 1)
+        if self.up is not None:
+            d_q, d_k = d_q.mul_(self.down), d_k.mul_(self.up)
+        d_q, d_k = d_q.view(N, C, K), d_k.view(N, C, K)
+        return d_q, d_k, self.q * d_q - self.k * d_k
+
+
+class ScalarDecay:
+    """One decay a head, ``log_decay (N, C)``, or none."""
+
+    def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor | None):
+        self.q, self.k = q, k
+        self.scores = torch.bmm(q, k.mT)
+        if log_decay is None:
+            self.read, self.write, self.between = q, k, None
+            self.total = q.new_ones(len(q), 1, 1)
+            self.scores.tril_()
+            return
+        sums = log_decay.double().clamp_min(-1e4).cumsum(-1)  # of -inf no difference could be taken
+        between = (sums[:, :, None] - sums[:, None, :]).to(q.dtype)
+        self.between = between.clamp_max_(0.0).exp_().tril_()
+        self.after_start = torch.exp(sums).to(q.dtype)[..., None]
+        self.before_end = torch.exp(sums[:, -1:] - sums).to(q.dtype)[..., None]
+        self.scores *= self.between
+        self.read, self.write = q * self.after_start, k * self.before_end
+        self.total = self.after_start[:, -1:]
+
+    def pull(self, d_scores: Tensor, d_read: Tensor, d_write: Tensor) -> tuple[Tensor | None, ...]:
+        """As `VectorDecay.pull`; ``d_G (N, C, 1)``, None without a decay."""
+        if self.between is None:
+            d_q, d_k = d_read.baddbmm_(d_scores, self.k), d_write.baddbmm_(d_scores.mT, self.q)
+            return d_q, d_k, None
+        d_scores = d_scores * self.between
+        d_q = torch.baddbmm(d_read.mul_(self.after_start), d_scores, self.k)
+        d_k = torch.baddbmm(d_write.mul_(self.before_end), d_scores.mT, self.q)
+        d_sum = (self.q * d_q).sum(-1, keepdim=True) - (self.k * d_k).sum(-1, keepdim=True)
+        return d_q, d_k, d_sum
+
+
+def plain_width(log_decay: Tensor, chunk: int) -> int:
+    """The widest blocks in which no factor passes ``exp(LARGEST)``, by the strongest decay."""
+    strongest = -log_decay.amin().item() if log_decay.numel() else 0.0
+    width = chunk
+    while width > 1 and not (width - 1) * strongest <= LARGEST:
+        width //= 2
+    return width
+
+
+def _after_first(width: int, dtype: torch.dtype) -> Tensor:
+    """``(width, width)``: sums up to and with each row, without the block's first."""
+    ones = torch.ones(width, width, dtype=dtype).tril_()
+    ones[:, 0] = 0.0
+    return ones
+
+
+def _halves(x: Tensor, width: int) -> tuple[Tensor, ...]:
+    """Left and right blocks ``(N, pairs, width, K)`` of every pair, as views."""
+    return x.unflatten(1, (-1, 2, width)).unbind(2)
+
+
+def _blocks(square: Tensor, width: int, every: int) -> Tensor:
+    """Blocks ``(N, blocks, width, width)`` of ``(N, C, C)``, as a view.
+
+    ``every=1``: all on the diagonal; 2: of each pair of these, the block below the diagonal.
+    """
+    N, C, _ = square.shape
+    stride = (C * C, every * width * (C + 1), C, 1)
+    start = square.storage_offset() + (every - 1) * width * C
+    return square.as_strided((N, C // (every * width), width, width), stride, start)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.mT`` of ``(N, pairs, width, K)``."""
+    if a.shape[2] > BY_HAND:
+        return torch.bmm(a.flatten(0, 1), b.flatten(0, 1).mT).unflatten(0, a.shape[:2])
+    if a.shape[2] == 1:
+        return (a * b).sum(-1, keepdim=True)
+    return (a[..., :, None, :] * b[..., None, :, :]).sum(-1)
+
+
+def _product(weights: Tensor, x: Tensor) -> Tensor:
+    """``weights @ x``, ``(N, pairs, width, width)`` times ``(N, pairs, width, K)``."""
+    width = x.shape[2]
+    if width > BY_HAND:
+        return torch.bmm(weights.flatten(0, 1), x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    out = weights[..., :1] * x[:, :, :1]
+    for j in range(1, width):
+        out = torch.addcmul(out, weights[..., j : j + 1], x[:, :, j : j + 1])
+    return out
