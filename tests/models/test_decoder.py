@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from corelib import hf
 from corelib.models.cache import DenseCache
 from corelib.models.decoder import Decoder, DecoderConfig, generate, greedy, sampler
 from corelib.models.encoder import Encoder
@@ -32,28 +33,10 @@ def ids(B, L, seed=0):
 
 @pytest.mark.parametrize("family, qkv_bias", [("Llama", False), ("Qwen2", True)])
 def test_equals_transformers_with_the_same_weights(family, qkv_bias):
-    transformers = pytest.importorskip("transformers")
-    c = dataclasses.replace(TINY, qkv_bias=qkv_bias)
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=c.vocab,
-        hidden_size=c.width,
-        intermediate_size=c.hidden,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        head_dim=c.head_width,
-        rms_norm_eps=1e-5,
-        rope_theta=c.rope_theta,
-        tie_word_embeddings=False,
-        attn_implementation="eager",
-    )
-    oracle = getattr(transformers, f"{family}ForCausalLM")(config).double().eval()
-    ours = tiny(config=c)
-    weights = ours.state_dict()
-    tied = weights.pop("embed_tokens.weight")
-    weights = {f"model.{name}": value for name, value in weights.items()}
-    weights |= {"model.embed_tokens.weight": tied * c.width**0.5, "lm_head.weight": tied}
-    oracle.load_state_dict(weights, strict=True)
+    pytest.importorskip("transformers")
+    ours = tiny(config=dataclasses.replace(TINY, qkv_bias=qkv_bias))
+    oracle = hf.to_transformers(ours)
+    assert type(oracle).__name__ == f"{family}ForCausalLM"
     x = ids(2, 17)
     with torch.no_grad():
         expected = oracle(x).logits
