@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from jaxtyping import Float
@@ -88,6 +88,7 @@ class MixerSpec:
     rows: tuple[str, ...] = ()
 
 
+@lru_cache(maxsize=16)
 def learned(*shape: int, seed: int = 0) -> Tensor:
     """Stands in for a trained parameter: random, the same every time."""
     generator = torch.Generator().manual_seed(seed)

@@ -10,6 +10,7 @@ from ..style import canvas, paper
 from .bars import bars
 from .card import KernelCard, kernel_card
 from .curves import lines, race_plot
+from .gallery import matrix_gallery
 from .grid import count_grid
 from .heat import attention_map, mask_plot, state_heatmap
 from .roof import roofline_plot
@@ -25,6 +26,7 @@ __all__ = [
     "kernel_card",
     "lines",
     "mask_plot",
+    "matrix_gallery",
     "paper",
     "race_plot",
     "roofline_plot",
