@@ -22,6 +22,9 @@ _SUBMODULES = (
     "catalog",
     "contracts",
     "data",
+    "decoding",
+    "distributed",
+    "evaluation",
     "foundations",
     "hf",
     "kernels",
@@ -35,6 +38,7 @@ _SUBMODULES = (
     "state_space",
     "teach",
     "testing",
+    "tokenization",
 )
 __all__ = [*_FROM_CATALOG, *_SUBMODULES, "__version__"]
 

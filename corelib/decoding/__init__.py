@@ -1,0 +1,1 @@
+"""Decoding: a module a paper, named by its slug in the catalog."""
