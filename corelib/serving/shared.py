@@ -136,11 +136,11 @@ def bound_scores(
 
 
 def _products(q: Tensor, keys: Tensor, scale: float | None) -> Tensor:
-    """``(B, G, H / G, L, P)``, in float32 at least."""
+    """``(B, G, H / G, L, P)``, in float32 at least; a group's heads are rows of one product."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.to(wide).unflatten(1, (keys.shape[1], -1))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return scale * grouped @ keys.to(wide)[:, :, None].mT
+    (B, H, L, D), G = q.shape, keys.shape[1]
+    rows = q.to(wide).reshape(B, G, H // G * L, D) * (D**-0.5 if scale is None else scale)
+    return (rows @ keys.to(wide).mT).unflatten(2, (H // G, L))
 
 
 def page_bounds(
@@ -164,9 +164,10 @@ def top_pages(
     if first < 0 or last < 0 or count < first + last:
         raise ValueError(f"count: expected at least first + last, {first} + {last}, got {count}")
     P = scores.shape[-1]
-    place = torch.arange(P, device=scores.device)
-    forced = (place < first) | (place >= P - last)
-    return scores.masked_fill(forced, torch.inf).topk(min(count, P), -1).indices
+    if first or last:
+        place = torch.arange(P, device=scores.device)
+        scores = scores.masked_fill((place < first) | (place >= P - last), torch.inf)
+    return scores.topk(min(count, P), -1, sorted=False).indices
 
 
 def page_positions(
