@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -33,11 +34,17 @@ def digits(split: str) -> tuple[Float[Tensor, "N 8 8"], Int[Tensor, " N"]]:
     """
     if split not in DIGIT_SPLITS:
         raise ValueError(f"split: expected one of {tuple(DIGIT_SPLITS)}, got {split!r}")
+    images, labels = _shuffled_digits()
+    chosen = slice(*DIGIT_SPLITS[split])
+    return images[chosen].clone(), labels[chosen].clone()
+
+
+@functools.cache
+def _shuffled_digits() -> tuple[Tensor, Tensor]:
     bunch = _datasets().load_digits()
     order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
-    chosen = order[slice(*DIGIT_SPLITS[split])]
     images = torch.from_numpy(bunch.images).float() / 16
-    return images[chosen], torch.from_numpy(bunch.target).long()[chosen]
+    return images[order], torch.from_numpy(bunch.target).long()[order]
 
 
 def photograph(name: str) -> UInt8[Tensor, "427 640 3"]:

@@ -59,32 +59,36 @@ def listops(
     random = python_random(generator)
     rows, labels = [], []
     while len(rows) < batch:
-        row: list[int] = []
-        value = _node(row, 1, depth, args, max_length, random)
-        if value is not None and min_length <= len(row) <= max_length:
+        row, value = _expression(depth, args, max_length, random)
+        if min_length <= len(row) <= max_length:
             rows.append(row)
             labels.append(value)
     return LabelledBatch(*pad_rows(rows, max_length), torch.tensor(labels))
 
 
-def _node(row: list[int], level: int, depth: int, args: int, room: int, random: random.Random):
-    """Append one expression to ``row``; its value, or None when it does not fit in ``room``."""
-    if len(row) >= room:
-        return None  # too long already: the draw is rejected, so no need to finish it
-    if level >= depth or random.random() > OPERATOR_SHARE:
-        digit = random.randrange(10)
-        row.append(TOKENS.index("0") + digit)
-        return digit
-    operator = random.choice(list(OPERATORS))
-    row.append(TOKENS.index(operator))
-    values = []
-    for _ in range(random.randint(2, args)):
-        value = _node(row, level + 1, depth, args, room, random)
-        if value is None:
-            return None
-        values.append(value)
-    row.append(TOKENS.index("]"))
-    return OPERATORS[operator](values)
+def _expression(depth: int, args: int, room: int, random: random.Random) -> tuple[list[int], int]:
+    """One expression and its value; an empty one where the draw grows beyond ``room`` tokens."""
+    row: list[int] = []
+    lists: list[tuple[str, int, list[int]]] = []  # those not closed yet: operator, size, values
+    while len(row) <= room:
+        if len(lists) + 1 < depth and random.random() <= OPERATOR_SHARE:
+            operator = random.choice(list(OPERATORS))
+            lists.append((operator, random.randint(2, args), []))
+            row.append(TOKENS.index(operator))
+            continue
+        value = random.randrange(10)
+        row.append(TOKENS.index("0") + value)
+        while lists:
+            operator, size, values = lists[-1]
+            values.append(value)
+            if len(values) < size:
+                break
+            lists.pop()
+            row.append(TOKENS.index("]"))
+            value = OPERATORS[operator](values)
+        else:
+            return row, value
+    return [], 0
 
 
 def longest(depth: int, args: int) -> int:

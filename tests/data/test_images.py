@@ -57,4 +57,4 @@ def test_errors_name_what_is_wrong(monkeypatch):
         upsample(torch.zeros(1, 8, 8), 0)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ModuleNotFoundError, match="pip install scikit-learn"):
-        digits("train")
+        photograph("china")
