@@ -21,7 +21,7 @@ def matrix_gallery(
     xlabel: str = "from position j",
     ylabel: str = "to position i",
 ) -> Figure:
-    """Square matrices by name, each on its own scale: white is zero, blue and red are the signs.
+    """Square matrices by name, each on its own scale: white is zero, the two colours are the signs.
 
     Args:
         matrices: name -> ``(L, L)``; of complex ones the real part is drawn.
