@@ -107,7 +107,7 @@ def s4_kernel(system: Dplr, C_tilde: Row, step: Steps, L: int) -> Float[Tensor, 
 class S4State:
     """The state ``x (B, C, N/2)``, complex, behind a stretch of inputs.
 
-    Worked out when first asked for: it costs as much as the outputs, and training drops it.
+    Worked out when first asked for: it costs about twice the outputs, and training drops it.
     ``form`` is what steps need; it belongs to the parameters at the time it was made.
     """
 
