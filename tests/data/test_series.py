@@ -1,6 +1,7 @@
 """The shipped series: their lengths, dates and seasons, gaps that are filled and marked."""
 
 import datetime
+import zipfile
 
 import numpy as np
 import pytest
@@ -74,6 +75,47 @@ def test_split_keeps_the_order_and_every_row():
 def test_month_tables_may_end_early():
     rows = build_numbers._months([["1999", *"123456789", "10", "11", "12"], ["2000", "1.50"]])
     assert rows[0] == ["1999-01", "1"] and rows[11:] == [["1999-12", "12"], ["2000-01", "1.5"]]
+
+
+def packed(path, members):
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, text in members.items():
+            wheel.writestr(name, text)
+    return path
+
+
+def test_tables_are_read_out_of_the_packages(tmp_path):
+    folder = "statsmodels/datasets"
+    dots = "MONTHLY MEANS\nYear Jan Feb\n----\n1749 58.0 62.6\n\n1750 0.0\nNote: 2 years\n"
+    wheel = packed(
+        tmp_path / "statsmodels.whl",
+        {
+            f"{folder}/co2/co2.csv": "date,co2\n19580329,316.1\n19580405,\n",
+            f"{folder}/elnino/elnino.csv": '"YEAR","JAN","FEB"\n1950,23.110,24.200\n',
+            f"{folder}/sunspots/src/sunspots_monthly.dat": dots,
+        },
+    )
+    found = build_numbers.statsmodels_series(wheel)
+    assert found["co2.csv"] == b"week,CO2 (ppm)\n1958-03-29,316.1\n1958-04-05,\n"
+    assert found["sea_temperature.csv"].decode().splitlines()[1:] == [
+        "1950-01,23.11",
+        "1950-02,24.2",
+    ]
+    rows = found["sunspots.csv"].decode().splitlines()[1:]
+    assert rows == ["1749-01,58", "1749-02,62.6", "1750-01,0"]
+    weather = (
+        "date,precipitation,temp_max,temp_min,wind,weather\n2012/01/01,0.5,12.8,5.0,4.7,rain\n"
+    )
+    wheel = packed(
+        tmp_path / "vega.whl",
+        {
+            "vega_datasets/_data/seattle-weather.csv": weather,
+            "vega_datasets/_data/seattle-temps.csv": "date,temp\n2010/01/01 23:00,39.4\n",
+        },
+    )
+    found = build_numbers.vega_series(wheel)
+    assert found["seattle_weather.csv"].decode().splitlines()[1] == "2012-01-01,0.5,12.8,5.0,4.7"
+    assert found["seattle_hours.csv"].decode().splitlines()[1] == "2010-01-01T23:00,39.4"
 
 
 @pytest.mark.no_shape_checks
