@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from corelib.teach.figures.categories import category_map
+from corelib.teach.figures import category_map
 from corelib.teach.style import missing_labels
 
 LABELS = dict(title="kept", xlabel="chunk", ylabel="step")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ..style import canvas, paper
 from .bars import bars
 from .card import KernelCard, kernel_card
+from .categories import category_map
 from .curves import lines, race_plot
 from .gallery import matrix_gallery
 from .grid import count_grid
@@ -22,6 +23,7 @@ __all__ = [
     "attention_map",
     "bars",
     "canvas",
+    "category_map",
     "count_grid",
     "kernel_card",
     "lines",
