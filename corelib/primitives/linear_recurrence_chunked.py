@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear_recurrence_decay import ScalarDecay, VectorDecay, plain_width
+from .linear_recurrence_decay import ChunkDecay, NoDecay, plain_width
 
 CHUNK = 64
 SLAB = 1 << 16  # numbers of an array that are worked on at a time
@@ -36,6 +36,8 @@ def chunked(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """``(out, final state)``; heads flattened, ``q (N, L, K)``, ``state (N, K, V)``."""
+    if log_decay is not None and log_decay.dim() == 2:
+        log_decay = log_decay[..., None]
     return _Chunked.apply(q, k, v, log_decay, state, scale)
 
 
@@ -122,16 +124,16 @@ def _backward(
     if d_sum is None:
         return d_q, d_k, d_v, None, d_state
     ends = (around[:, 1:] * d_afters).sum(-1).flatten(0, 1)[:, None]
-    ends = ends if log_decay.dim() == 3 else ends.sum(-1, keepdim=True)
+    ends = ends if ends.shape == d_sum[:, :1].shape else ends.sum(-1, keepdim=True)
     later = torch.ones(q.shape[1], q.shape[1], dtype=q.dtype).triu_().expand(len(q), -1, -1)
-    d_decay = torch.baddbmm(ends, later, d_sum).reshape(log_decay.shape)
+    d_decay = torch.baddbmm(ends, later, d_sum)
     return d_q, d_k, d_v, d_decay, d_state
 
 
-def _decay(q, k, log_decay, width, keep=False) -> ScalarDecay | VectorDecay:
-    if log_decay is not None and log_decay.dim() == 3:
-        return VectorDecay(q, k, log_decay, width, keep)
-    return ScalarDecay(q, k, log_decay)
+def _decay(q, k, log_decay, width, keep=False) -> ChunkDecay | NoDecay:
+    if log_decay is None:
+        return NoDecay(q, k)
+    return ChunkDecay(q, k, log_decay, width, keep)
 
 
 def _rows_like(x: Tensor) -> Tensor:

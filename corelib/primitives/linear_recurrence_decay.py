@@ -10,7 +10,7 @@ Chunks are ``q, k (N, C, K)``, N of them side by side. With ``G_i`` the sum of t
 
 A vector decay (one a channel) cannot be pulled out of the sum over channels. Splitting it into
 ``exp(G_i)`` and ``exp(-G_j)`` makes scores a matrix product, and overflows; writing all
-``exp(G_i - G_j)`` out costs ``C x C x K`` numbers. `VectorDecay` halves the chunk: between the
+``exp(G_i - G_j)`` out costs ``C x C x K`` numbers. `ChunkDecay` halves the chunk: between the
 right and the left half the factor splits at the boundary m, ``exp(G_i - G_m) exp(G_m - G_j)``, both
 at most 1, and each half is done in the same way. It stops halving at blocks so short that the
 plain split stays below ``exp(LARGEST)``; strong decays go down to single steps, where no positive
@@ -22,18 +22,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LARGEST = 40.0  # exp(40) is far from overflow even when the product of two such stands in a sum
+LARGEST = 64.0  # exp(64), about 1e28, leaves float32 ten powers of ten for the numbers themselves
 BY_HAND = 2  # blocks up to this wide are multiplied element by element: products cost more calls
 
 
-class VectorDecay:
-    """A decay for each channel: ``log_decay (N, C, K)``, C a power of two."""
+class ChunkDecay:
+    """A decay for each channel, ``log_decay (N, C, K)``, or one for all, ``(N, C, 1)``.
+
+    C is a power of two.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor, width: int, keep: bool = False):
         """``width`` of the blocks that are not halved (`plain_width`); ``keep`` for `pull`."""
         self.q, self.k, self.width = q, k, width
         (N, C, K), blocks = q.shape, q.shape[1] // width
-        g, queries, keys = (x.reshape(N * blocks, width, K) for x in (log_decay, q, k))
+        g, queries, keys = (x.reshape(N * blocks, width, -1) for x in (log_decay, q, k))
         self.first = torch.exp(g[:, :1])
         if width == 1:
             self.down = self.up = None
@@ -45,12 +48,15 @@ class VectorDecay:
             self.read_plain, self.write_plain = queries * self.down, keys * self.up
             last = self.down[:, -1:]
         self.last = last
-        self.scores = torch.zeros(N, C, C, dtype=q.dtype)
-        own = _outer(*(x.unflatten(0, (N, -1)) for x in (self.read_plain, self.write_plain)))
-        _blocks(self.scores, width, 1).copy_(own.tril_())
+        own = _outer(
+            *(x.unflatten(0, (N, -1)) for x in (self.read_plain, self.write_plain))
+        ).tril_()
+        self.scores = own.view(N, C, C) if blocks == 1 else torch.zeros(N, C, C, dtype=q.dtype)
+        if blocks > 1:
+            _blocks(self.scores, width, 1).copy_(own)
         self.read = (self.read_plain * self.first).view(N, C, K)
         self.write = (self.write_plain * last).view(N, C, K)
-        total = (self.first * last).view(N, blocks, K)
+        total = (self.first * last).view(N, blocks, -1)
         self.levels = self._halve(total, keep)
 
     def _halve(self, total: Tensor, keep: bool) -> list[tuple[Tensor, ...]]:
@@ -66,7 +72,7 @@ class VectorDecay:
             left *= total_right[:, :, None]
             total = total_left * total_right
             width *= 2
-        self.total = total.mT  # (N, K, 1)
+        self.total = total.mT  # (N, K, 1) or (N, 1, 1)
         return levels
 
     def pull(self, d_scores: Tensor, d_read: Tensor, d_write: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,39 +94,21 @@ class VectorDecay:
         if self.up is not None:
             d_q, d_k = d_q.mul_(self.down), d_k.mul_(self.up)
         d_q, d_k = d_q.view(N, C, K), d_k.view(N, C, K)
-        return d_q, d_k, self.q * d_q - self.k * d_k
+        d_sum = self.q * d_q - self.k * d_k
+        return d_q, d_k, d_sum if self.first.shape[2] > 1 else d_sum.sum(-1, keepdim=True)
 
 
-class ScalarDecay:
-    """One decay a head, ``log_decay (N, C)``, or none."""
+class NoDecay:
+    """Plain linear attention, with what `ChunkDecay` offers."""
 
-    def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor | None):
-        self.q, self.k = q, k
-        self.scores = torch.bmm(q, k.mT)
-        if log_decay is None:
-            self.read, self.write, self.between = q, k, None
-            self.total = q.new_ones(len(q), 1, 1)
-            self.scores.tril_()
-            return
-        sums = log_decay.double().clamp_min(-1e4).cumsum(-1)  # of -inf no difference could be taken
-        between = (sums[:, :, None] - sums[:, None, :]).to(q.dtype)
-        self.between = between.clamp_max_(0.0).exp_().tril_()
-        self.after_start = torch.exp(sums).to(q.dtype)[..., None]
-        self.before_end = torch.exp(sums[:, -1:] - sums).to(q.dtype)[..., None]
-        self.scores *= self.between
-        self.read, self.write = q * self.after_start, k * self.before_end
-        self.total = self.after_start[:, -1:]
+    def __init__(self, q: Tensor, k: Tensor):
+        self.read, self.write, self.scores = q, k, torch.bmm(q, k.mT).tril_()
+        self.total = q.new_ones(len(q), 1, 1)
 
     def pull(self, d_scores: Tensor, d_read: Tensor, d_write: Tensor) -> tuple[Tensor | None, ...]:
-        """As `VectorDecay.pull`; ``d_G (N, C, 1)``, None without a decay."""
-        if self.between is None:
-            d_q, d_k = d_read.baddbmm_(d_scores, self.k), d_write.baddbmm_(d_scores.mT, self.q)
-            return d_q, d_k, None
-        d_scores = d_scores * self.between
-        d_q = torch.baddbmm(d_read.mul_(self.after_start), d_scores, self.k)
-        d_k = torch.baddbmm(d_write.mul_(self.before_end), d_scores.mT, self.q)
-        d_sum = (self.q * d_q).sum(-1, keepdim=True) - (self.k * d_k).sum(-1, keepdim=True)
-        return d_q, d_k, d_sum
+        """As `ChunkDecay.pull`, with None for ``d_G``."""
+        d_q, d_k = d_read.baddbmm_(d_scores, self.write), d_write.baddbmm_(d_scores.mT, self.read)
+        return d_q, d_k, None
 
 
 def plain_width(log_decay: Tensor, chunk: int) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from corelib.primitives import cumulative_lengths, linear_recurrence, linear_recurrence_varlen
 from corelib.primitives.linear_recurrence_chunked import CHUNK
-from corelib.primitives.linear_recurrence_decay import LARGEST, VectorDecay, plain_width
+from corelib.primitives.linear_recurrence_decay import LARGEST, ChunkDecay, plain_width
 
 EXACT = dict(atol=1e-11, rtol=1e-10)
 FAST = ["recurrent", "chunked"]
@@ -58,11 +58,11 @@ def test_forms_equal_the_loop(kind, beta, L):
     assert_forms_agree(random_inputs(kind, beta, L=L), scale=0.7)
 
 
-@pytest.mark.parametrize("strongest", [0.3, 2.0, 9.0, 500.0])
+@pytest.mark.parametrize("strongest", [0.3, 3.0, 15.0, 500.0])
 def test_every_strength_of_decay(strongest):
     """Blocks of 64, 16, 4 and 1 are split plainly, the rest is halved."""
     given = random_inputs("vector", L=2 * CHUNK + 3, strongest=strongest)
-    expected = {0.3: 64, 2.0: 16, 9.0: 4, 500.0: 1}[strongest]
+    expected = {0.3: 64, 3.0: 16, 15.0: 4, 500.0: 1}[strongest]
     assert plain_width(given["log_decay"], CHUNK) == expected
     assert_forms_agree(given, ["chunked"])
 
@@ -90,7 +90,7 @@ def test_strong_decays_stay_exact_in_float32(kind):
 
 def test_plain_split_never_passes_its_bound():
     g = random_inputs("vector", L=CHUNK, strongest=2.0)["log_decay"].flatten(0, 1)
-    here = VectorDecay(torch.ones_like(g), torch.ones_like(g), g, plain_width(g, CHUNK))
+    here = ChunkDecay(torch.ones_like(g), torch.ones_like(g), g, plain_width(g, CHUNK))
     assert here.write_plain.max() <= torch.tensor(LARGEST).exp()
     assert (
         here.read.max() <= 1 and here.write.max() <= 1 and here.scores.max() <= g.shape[-1] + 1e-9
