@@ -226,8 +226,11 @@ NOT_FROM = {
 @pytest.mark.parametrize("room", NOT_FROM)
 def test_rooms_keep_their_walls(room):
     for path, tree in sources(room):
+        race = path.is_relative_to(ROOT / "corelib/measure/races")  # races may run whole models
         for name in imported(tree, path):
             for wall in NOT_FROM[room]:
+                if race and wall == "corelib.models":
+                    continue
                 assert name != wall and not name.startswith(wall + "."), f"{path}: imports {name}"
 
 
