@@ -166,14 +166,14 @@ class Blocks(NamedTuple):
 
 #: (decays for each channel?, bytes of a number, wider of K and V, padded) -> how it is launched.
 BLOCKS = {
-    (False, 2, 64): Blocks(64, 32, 4, 2),
+    (False, 2, 64): Blocks(32, 32, 4, 2),
     (False, 2, 128): Blocks(32, 32, 4, 2),
-    (False, 4, 64): Blocks(32, 32, 4, 1),
-    (False, 4, 128): Blocks(16, 16, 4, 1),
+    (False, 4, 64): Blocks(16, 32, 4, 1),
+    (False, 4, 128): Blocks(16, 16, 8, 1),
     (True, 2, 64): Blocks(16, 32, 4, 1),
     (True, 2, 128): Blocks(16, 32, 4, 1),
     (True, 4, 64): Blocks(16, 32, 4, 1),
-    (True, 4, 128): Blocks(16, 16, 4, 1),
+    (True, 4, 128): Blocks(16, 16, 8, 1),
 }
 
 
@@ -333,12 +333,13 @@ def _specialisation(kind: str, reverse: bool, name: str, width: int) -> Speciali
 
 
 #: What is compiled for every target; the launcher takes its blocks from the same table. Plain
-#: linear attention needs less of everything than a scalar decay, which stands for both.
+#: linear attention needs less of everything than a scalar decay, which stands for both. Of wide
+#: float32, the kinds that need most stand for the others.
 SPECIALISATIONS = [
     _specialisation(kind, reverse, name, width)
-    for kind, reverse in (
-        ("scalar", False), ("scalar", True), ("key", False), ("key", True), ("value", False),
-        ("value", True),
-    )
+    for kind in ("scalar", "key", "value")
+    for reverse in (False, True)
     for name, width in (("bf16", 64), ("bf16", 128), ("fp32", 64))
-] + [_specialisation("none", False, "bf16", 64)]  # fmt: skip
+]
+SPECIALISATIONS += [_specialisation(kind, True, "fp32", 128) for kind in ("scalar", "key", "value")]
+SPECIALISATIONS += [_specialisation("none", False, "bf16", 64)]
