@@ -107,7 +107,7 @@ def modelled_step(n: int, hit_rate: float = 0.6) -> dict[str, float]:
     """Seconds that one layer's cache traffic takes at least, one request of ``n`` tokens.
 
     Reading on the device and fetching overlap, so the slower one counts. ``hit_rate``: the share
-    of selected chunks still there from the last step (the paper reports more than 60 %).
+    of selected chunks still there from the last step (the paper reports about 60 %).
     """
     whole = 2 * LLAMA["G"] * LLAMA["D"] * n * 2
     device, link = step_bytes(n, **LLAMA, hit_rate=hit_rate)
