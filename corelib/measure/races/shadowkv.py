@@ -27,7 +27,7 @@ LINK = 25e9  # bytes a second: what PCIe 4.0 with 16 lanes reaches of its 31.5 G
 LLAMA = dict(G=8, D=128)
 
 
-def _prompt(S: int) -> list[Tensor]:
+def prompt_and_walk(S: int) -> list[Tensor]:
     """Keys of rank 32 before RoPE, and a walk of queries, each close to the one before."""
     generator = torch.Generator().manual_seed(0)
 
@@ -40,7 +40,8 @@ def _prompt(S: int) -> list[Tensor]:
     return [k, randn(1, G, S, D), walk]
 
 
-def _shadow(k: Tensor, v: Tensor) -> Callable[[Tensor], Tensor]:
+def shadow_step(k: Tensor, v: Tensor) -> Callable[[Tensor], Tensor]:
+    """A cache that holds all tokens but the last packed; give it queries."""
     cache = ShadowKVCache(rope_frequencies(D), **SETTINGS)
     cache.append(0, k[:, :, :-1], v[:, :, :-1])
     cache.attend(0, k.new_zeros(1, H, 1, D))  # the last query of the prompt is enough to pack it
@@ -48,7 +49,7 @@ def _shadow(k: Tensor, v: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda q: cache.attend(0, q)
 
 
-def _quest(k: Tensor, v: Tensor) -> Callable[[Tensor], Tensor]:
+def quest_step(k: Tensor, v: Tensor) -> Callable[[Tensor], Tensor]:
     """All on the device; the pages with the largest bounds, and the newest one."""
     bounds, count = page_bounds(k, PAGE), SETTINGS["budget"] // PAGE
 
@@ -69,11 +70,11 @@ def shadowkv_step(quick: bool) -> Iterator[Row]:
     lengths = (1024, 2048) if quick else (2048, 4096, 8192, 16384, 32768)
 
     def contestants(S: int) -> dict[str, Callable]:
-        k, v, walk = _prompt(S)
+        k, v, walk = prompt_and_walk(S)
         steps = {
-            "corelib": _shadow(k, v),
+            "corelib": shadow_step(k, v),
             "full attention": lambda q: attention(q, k, v, causal=True),
-            "Quest (all on the device)": _quest(k, v),
+            "Quest (all on the device)": quest_step(k, v),
             "plain offloading": _offload(k, v),
         }
         queries = {name: itertools.cycle(walk) for name in steps}
