@@ -169,17 +169,20 @@ BLOCKS = {
     (False, 2, 64): Blocks(32, 32, 4, 2),
     (False, 2, 128): Blocks(32, 32, 4, 2),
     (False, 4, 64): Blocks(16, 32, 4, 1),
-    (False, 4, 128): Blocks(16, 16, 8, 1),
     (True, 2, 64): Blocks(16, 32, 4, 1),
     (True, 2, 128): Blocks(16, 32, 4, 1),
     (True, 4, 64): Blocks(16, 32, 4, 1),
-    (True, 4, 128): Blocks(16, 16, 8, 1),
 }
 
 
 def blocks_for(decay: str, K: int, V: int, dtype: torch.dtype) -> Blocks:
     """The row of the table for these widths."""
     return BLOCKS[decay in ("key", "value"), dtype.itemsize, max(64, padded(max(K, V)))]
+
+
+def widest(dtype: torch.dtype) -> int:
+    """The widest keys and values that the kernel takes."""
+    return MAX_WIDTH // 2 if dtype == torch.float32 else MAX_WIDTH
 
 
 def linear_recurrence(
@@ -194,8 +197,8 @@ def linear_recurrence(
     """``(out (B, H, L, V), state (B, H, K, V))``; differentiable in every tensor.
 
     Args:
-        q, k, v: ``(B, H, L, K)`` twice and ``(B, H, L, V)``, float16, bfloat16 or float32, widths
-            up to 128.
+        q, k, v: ``(B, H, L, K)`` twice and ``(B, H, L, V)``; float16 or bfloat16 up to 128 wide,
+            float32 up to 64 (wider states do not fit into the registers).
         log_decay: at most 0: ``(B, H, L)``, or ``(B, H, L, K)`` for each key channel, or None.
         state: what an earlier call returned, or None.
         scale: of the output, ``K ** -0.5`` if None.
@@ -291,8 +294,9 @@ def _check(q, k, v, log_decay, state) -> None:
             raise ValueError(f"{name}: expected (batch, heads, length, width), got {got}")
         if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or x.dtype != q.dtype:
             raise TypeError(f"{name}: expected float16, bfloat16 or float32 as q, got {x.dtype}")
-        if not 1 <= x.shape[-1] <= MAX_WIDTH:
-            raise ValueError(f"{name}: expected a width of 1 to {MAX_WIDTH}, got {x.shape[-1]}")
+        if not 1 <= x.shape[-1] <= widest(x.dtype):
+            wanted = f"a width of 1 to {widest(x.dtype)} in {x.dtype}"
+            raise ValueError(f"{name}: expected {wanted}, got {x.shape[-1]}")
     if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
         shapes = [tuple(x.shape) for x in (q, k, v)]
         raise ValueError(f"q, k, v: expected one batch, heads and length, got {shapes}")
@@ -333,13 +337,11 @@ def _specialisation(kind: str, reverse: bool, name: str, width: int) -> Speciali
 
 
 #: What is compiled for every target; the launcher takes its blocks from the same table. Plain
-#: linear attention needs less of everything than a scalar decay, which stands for both. Of wide
-#: float32, the kinds that need most stand for the others.
+#: linear attention needs less of everything than a scalar decay, which stands for both.
 SPECIALISATIONS = [
     _specialisation(kind, reverse, name, width)
     for kind in ("scalar", "key", "value")
     for reverse in (False, True)
     for name, width in (("bf16", 64), ("bf16", 128), ("fp32", 64))
 ]
-SPECIALISATIONS += [_specialisation(kind, True, "fp32", 128) for kind in ("scalar", "key", "value")]
 SPECIALISATIONS += [_specialisation("none", False, "bf16", 64)]

@@ -20,7 +20,8 @@ Forms, all with the same results up to rounding and all differentiable:
 | `kernel`    | Triton, `corelib.kernels.linear_recurrence`      | nothing            |
 
 Time is O(L K V) for the first two and O(L (64 (K + V) + K V)) for the others, in matrix products.
-``auto``: the kernel on a GPU (without ``beta``), else `chunked`, below 8 steps `recurrent`.
+``auto``: on a GPU the kernel (no ``beta``; widths up to 128, in float32 up to 64), else `chunked`,
+below 8 steps `recurrent`.
 Decays may be as strong as you like, ``-inf`` included (a reset): nothing overflows.
 Half-precision inputs are computed in float32; the state is float32 or float64.
 """
@@ -74,7 +75,7 @@ def linear_recurrence(
     """
     _check(q, k, v, log_decay, beta, state, scale, form)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    form = _choose(q, beta) if form == "auto" else form
+    form = _choose(q, v, beta) if form == "auto" else form
     if form == "kernel":
         from corelib.kernels.linear_recurrence import linear_recurrence as kernel
 
@@ -144,8 +145,9 @@ def _recurrent(q, k, v, log_decay, beta, state, scale) -> tuple[Tensor, Tensor]:
     return torch.cat(outs, 1), state
 
 
-def _choose(q: Tensor, beta: Tensor | None) -> str:
-    if q.is_cuda and beta is None and q.dtype != torch.float64:
+def _choose(q: Tensor, v: Tensor, beta: Tensor | None) -> str:
+    widest = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64}.get(q.dtype, 0)
+    if q.is_cuda and beta is None and max(q.shape[3], v.shape[3]) <= widest:
         return "kernel"
     return "chunked" if q.shape[2] >= FEW_STEPS else "recurrent"
 

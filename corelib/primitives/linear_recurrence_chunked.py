@@ -125,7 +125,7 @@ def _backward(
         return d_q, d_k, d_v, None, d_state
     ends = (around[:, 1:] * d_afters).sum(-1).flatten(0, 1)[:, None]
     ends = ends if ends.shape == d_sum[:, :1].shape else ends.sum(-1, keepdim=True)
-    later = torch.ones(q.shape[1], q.shape[1], dtype=q.dtype).triu_().expand(len(q), -1, -1)
+    later = q.new_ones(q.shape[1], q.shape[1]).triu_().expand(len(q), -1, -1)
     d_decay = torch.baddbmm(ends, later, d_sum)
     return d_q, d_k, d_v, d_decay, d_state
 

@@ -43,7 +43,7 @@ class ChunkDecay:
             self.read_plain, self.write_plain = queries, keys
             last = torch.ones_like(self.first)
         else:
-            sums = torch.bmm(_after_first(width, q.dtype).expand(N * blocks, -1, -1), g)
+            sums = torch.bmm(_after_first(width, q).expand(N * blocks, -1, -1), g)
             self.down, self.up = torch.exp(sums), torch.exp(-sums)
             self.read_plain, self.write_plain = queries * self.down, keys * self.up
             last = self.down[:, -1:]
@@ -51,7 +51,7 @@ class ChunkDecay:
         own = _outer(
             *(x.unflatten(0, (N, -1)) for x in (self.read_plain, self.write_plain))
         ).tril_()
-        self.scores = own.view(N, C, C) if blocks == 1 else torch.zeros(N, C, C, dtype=q.dtype)
+        self.scores = own.view(N, C, C) if blocks == 1 else q.new_zeros(N, C, C)
         if blocks > 1:
             _blocks(self.scores, width, 1).copy_(own)
         self.read = (self.read_plain * self.first).view(N, C, K)
@@ -120,9 +120,9 @@ def plain_width(log_decay: Tensor, chunk: int) -> int:
     return width
 
 
-def _after_first(width: int, dtype: torch.dtype) -> Tensor:
+def _after_first(width: int, like: Tensor) -> Tensor:
     """``(width, width)``: sums up to and with each row, without the block's first."""
-    ones = torch.ones(width, width, dtype=dtype).tril_()
+    ones = like.new_ones(width, width).tril_()
     ones[:, 0] = 0.0
     return ones
 

@@ -37,7 +37,7 @@ def delta_chunked(
     # Queries for the output and keys that read the state are decayed in the same way.
     both = torch.stack([q * scale, k])
     scores, read, write, total = decayed_scores(both, k.expand_as(both), decay.expand_as(both))
-    solve = beta * scores[1].tril(-1) + torch.eye(chunk, dtype=q.dtype)
+    solve = beta * scores[1].tril(-1) + torch.eye(chunk, dtype=q.dtype, device=q.device)
     right = torch.cat([beta * v, beta * read[1]], -1)
     solved = torch.linalg.solve_triangular(solve, right, upper=False, unitriangular=True)
     fresh, forgotten = solved.split([v.shape[-1], k.shape[-1]], -1)
