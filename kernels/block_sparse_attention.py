@@ -46,6 +46,11 @@ __all__ = ["block_sparse_attention", "block_sparse_bytes"]
 INTERPRETED = Blocks(block_m=16, block_n=16)
 #: Widest head by bytes of a number.
 WIDEST = {2: 128, 4: 64}
+#: Where flash attention's tile spills here: (pass, bytes of a number, width, target).
+NARROWER = {
+    ("forward", 2, 64, "sm_80"): Blocks(64, 32, 4, 3),
+    ("dkdv", 4, 64, "sm_90"): Blocks(32, 32, 8, 1),
+}
 
 
 @jit
@@ -229,7 +234,8 @@ def arguments(q, k, v, block, causal, scale, positions, **tensors: Tensor) -> di
 
 def tile_for(which: str, target: str, dtype: torch.dtype, width: int, block: int) -> Blocks:
     """Flash attention's smaller tile for this pass, cut to the block where that is smaller."""
-    m, n, *rest = candidates_for(which, target, dtype, width, width)[-1]
+    usual = candidates_for(which, target, dtype, width, width)[-1]
+    m, n, *rest = NARROWER.get((which, dtype.itemsize, max(64, padded(width)), target), usual)
     return Blocks(min(m, block), min(n, block), *rest)
 
 

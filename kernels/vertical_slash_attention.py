@@ -37,6 +37,8 @@ __all__ = ["vertical_slash_attention", "vertical_slash_bytes"]
 
 INTERPRETED = Blocks(block_m=16, block_n=16)
 WIDEST = {2: 128, 4: 64}
+#: Where flash attention's tile spills here: (bytes of a number, width, target).
+NARROWER = {(2, 128, "gfx942"): Blocks(64, 32, 8, 2)}
 
 
 @jit
@@ -169,7 +171,8 @@ def vertical_slash_attention(
 
 def tile_for(target: str, dtype: torch.dtype, width: int, block: int) -> Blocks:
     """Flash attention's smaller forward tile, cut to the block where that is smaller."""
-    m, n, *rest = candidates_for("forward", target, dtype, width, width)[-1]
+    usual = candidates_for("forward", target, dtype, width, width)[-1]
+    m, n, *rest = NARROWER.get((dtype.itemsize, max(64, padded(width)), target), usual)
     return Blocks(min(m, block), min(n, block), *rest)
 
 

@@ -58,7 +58,7 @@ from corelib.primitives.vertical_slash import vertical_slash_attention
 from .shared import planted_heads
 
 KINDS = ("a_shape", "vertical_slash", "block_sparse")
-SINKS, RECENT = 30, 100  # columns and distances that are kept before any other
+FORCED = 30, 100  # columns and distances that are kept before any other (for long prompts)
 
 
 class Pattern(NamedTuple):
@@ -114,13 +114,18 @@ def estimate_vertical_slash(
 
 
 def choose_lines(
-    vertical: Float[Tensor, "B H S"], slash: Float[Tensor, "B H S"], columns: int, distances: int
+    vertical: Float[Tensor, "B H S"],
+    slash: Float[Tensor, "B H S"],
+    columns: int,
+    distances: int,
+    *,
+    forced: tuple[int, int] = FORCED,
 ) -> tuple[Bool[Tensor, "B H S"], Bool[Tensor, "B H S"]]:
-    """The largest of each; the first 30 columns and the 100 nearest distances come first."""
+    """The largest of each, after the ``forced`` first columns and nearest distances."""
     kept = []
-    for sums, number, forced in ((vertical, columns, SINKS), (slash, distances, RECENT)):
+    for sums, number, ends in ((vertical, columns, forced[0]), (slash, distances, forced[1])):
         sums = sums.clone()
-        sums[..., :forced] += 1.0 + sums.amax(-1, keepdim=True)
+        sums[..., :ends] += 1.0 + sums.amax(-1, keepdim=True)
         best = sums.topk(min(number, sums.shape[-1]), -1).indices
         kept.append(torch.zeros_like(sums, dtype=torch.bool).scatter_(-1, best, True))
     return kept[0], kept[1]
@@ -151,6 +156,7 @@ def minference_attention(
     scale: float | None = None,
     block: int = 64,
     last: int = 64,
+    forced: tuple[int, int] = FORCED,
     return_lse: bool = False,
 ) -> Float[Tensor, "B H L V"] | OutAndLse:
     """Causal attention in which every head keeps to its pattern.
@@ -159,6 +165,7 @@ def minference_attention(
         patterns: one per query head, or one for all.
         block: queries (and keys) in a block.
         last: queries that `vertical_slash` is estimated from.
+        forced: columns and distances that it keeps before others; they count towards its sizes.
 
     A single query is decoding and stays dense. Raises ValueError or TypeError for patterns, shapes
     or options that do not fit.
@@ -171,7 +178,7 @@ def minference_attention(
     patterns = _checked(patterns, H)
     if q.shape[2] == 1:
         return attention(q, k, v, causal=True, scale=scale, return_lse=return_lse)
-    options = dict(scale=scale, block=block, last=last)
+    options = dict(scale=scale, block=block, last=last, forced=forced)
     if len(set(patterns)) == 1:
         out, lse = _attend(q, k, v, patterns[0], **options)
         return (out, lse) if return_lse else out
@@ -185,7 +192,7 @@ def minference_attention(
     return (out, lse) if return_lse else out
 
 
-def _attend(q, k, v, pattern: Pattern, *, scale, block, last) -> tuple[Tensor, Tensor]:
+def _attend(q, k, v, pattern: Pattern, *, scale, block, last, forced) -> tuple[Tensor, Tensor]:
     kind, first, second = pattern
     if kind == "a_shape":
         shape = dict(window=second, sinks=first)
@@ -194,7 +201,8 @@ def _attend(q, k, v, pattern: Pattern, *, scale, block, last) -> tuple[Tensor, T
         lists = choose_blocks(q, k, first, block=block, scale=scale)
         return block_sparse_attention(q, k, v, lists, causal=True, scale=scale, return_lse=True)
     with torch.no_grad():
-        lines = choose_lines(*estimate_vertical_slash(q, k, last=last, scale=scale), first, second)
+        sums = estimate_vertical_slash(q, k, last=last, scale=scale)
+        lines = choose_lines(*sums, first, second, forced=forced)
     return vertical_slash_attention(q, k, v, *lines, scale=scale, block=block, return_lse=True)
 
 

@@ -5,6 +5,8 @@ lets any model of the contract prefill with the shapes found (see ``minference``
     gap(pattern)   = outputs that differ from dense by more than 0.005  (`output_gap`)
     pattern of h   = the candidate with the smallest gap of h, after each was scaled to the budget
 
+Gaps that differ by less than half a percent of the outputs count as equal, and the earlier shape is
+taken: an A-shape before one that has to be estimated (ours; the paper does not say).
 Scaling (`at_cost`) halves the interval of one factor on all sizes: the largest pattern that stays
 within the budget. Costs depend on the prompt, so they are counted on the sample's own queries.
 """
@@ -21,6 +23,7 @@ from corelib.primitives import attention, visible_keys
 from corelib.primitives.vertical_slash import kept_keys
 
 from .minference import (
+    FORCED,
     Pattern,
     a_shape,
     block_sparse,
@@ -37,6 +40,7 @@ SHAPES = (
     vertical_slash(3500, 100), vertical_slash(1000, 4096), block_sparse(100),
 )  # fmt: skip
 THRESHOLD = 5e-3
+TIE = 5e-3  # share of the outputs: closer gaps are equal, and the earlier shape is taken
 
 
 def computed_scores(
@@ -46,6 +50,7 @@ def computed_scores(
     *,
     block: int = 64,
     last: int = 64,
+    forced: tuple[int, int] = FORCED,
     scale: float | None = None,
 ) -> Int[Tensor, "B H"]:
     """Scores that the kernel computes for ``pattern``, per batch row and head.
@@ -59,7 +64,8 @@ def computed_scores(
         return kept.to(q.device).expand(B, H)
     if kind == "block_sparse":
         return choose_blocks(q, k, first, block=block, scale=scale).counts.sum(-1) * block**2
-    lines = choose_lines(*estimate_vertical_slash(q, k, last=last, scale=scale), first, second)
+    sums = estimate_vertical_slash(q, k, last=last, scale=scale)
+    lines = choose_lines(*sums, first, second, forced=forced)
     by_slash, by_column = kept_keys(*(x.flatten(0, 1) for x in lines), L, block)
     last_key = torch.arange(0, L, block, device=q.device).add(block).clamp(max=L) + S - L
     seen = torch.arange(S, device=q.device) < last_key[:, None]
@@ -100,6 +106,7 @@ def search_head_patterns(
     shapes: Sequence[Pattern] = SHAPES,
     block: int = 64,
     last: int = 64,
+    forced: tuple[int, int] = FORCED,
     scale: float | None = None,
 ) -> tuple[list[Pattern], Int[Tensor, "shapes H"]]:
     """Every head's best shape on one sample, and the gaps of all shapes.
@@ -110,7 +117,7 @@ def search_head_patterns(
     if not 0 < budget <= 1:
         raise ValueError(f"budget: expected a share above 0 and up to 1, got {budget}")
     (B, H, L, _), (_, G, S, _) = q.shape, k.shape
-    options = dict(block=block, last=last, scale=scale)
+    options = dict(block=block, last=last, forced=forced, scale=scale)
     allowed = budget * B * int(visible_keys(L, S, causal=True).sum())
     dense = attention(q, k, v, causal=True, scale=scale)
     gaps, fitted = torch.zeros(len(shapes), H, dtype=torch.long), [[] for _ in shapes]
@@ -125,7 +132,8 @@ def search_head_patterns(
             fitted[n].append(at_cost(shape, allowed, cost))
             out = minference_attention(*one, fitted[n][h], **options)
             gaps[n, h] = output_gap(out, dense[:, h : h + 1])[0]
-    return [fitted[int(gaps[:, h].argmin())][h] for h in range(H)], gaps
+    best = gaps <= gaps.amin(0) + TIE * dense[:, 0].numel()
+    return [fitted[int(best[:, h].int().argmax())][h] for h in range(H)], gaps
 
 
 class SparsePrefill:
@@ -135,9 +143,17 @@ class SparsePrefill:
     heads, or one per head); whatever follows goes to ``cache``. Batches with padding stay dense.
     """
 
-    def __init__(self, cache, patterns: Sequence, *, block: int = 64, last: int = 64) -> None:
+    def __init__(
+        self,
+        cache,
+        patterns: Sequence,
+        *,
+        block: int = 64,
+        last: int = 64,
+        forced: tuple[int, int] = FORCED,
+    ) -> None:
         self.cache, self.patterns = cache, list(patterns)
-        self.options = dict(block=block, last=last)
+        self.options = dict(block=block, last=last, forced=forced)
         self._held: dict[int, int] = {}  # tokens that went through here, by layer
         self._prompt: dict[int, tuple[Tensor, Tensor]] = {}
         self._started = len(cache) > 0

@@ -119,7 +119,7 @@ def _nowhere(L: int) -> Tensor:
 
 
 def _a_shape(L, D, strength, columns, distances, stretch, generator):
-    sinks = list(range(min(4, L)))
+    sinks = list(range(min(16, L)))
     near = _distances(L, D // 2, [0], strength, 0.3, generator)
     first = _columns(L, D // 4, sinks, strength)
     q, k = _joined(near, first, _noise(L, D // 4, generator))

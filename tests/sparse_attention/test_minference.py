@@ -125,8 +125,8 @@ def test_planted_lines_are_recovered_exactly():
     """Above the forced ends: exactly the planted columns and distances come next."""
     heads = planted_heads(["vertical_slash"], 1024, columns=4, distances=3, seed=12)
     vertical, slash = estimate_vertical_slash(heads.q, heads.k, scale=1.0)
-    far = [o for o in heads.distances[0] if o >= minference.RECENT]
-    late = [j for j in heads.columns[0] if j >= minference.SINKS]
+    far = [o for o in heads.distances[0] if o >= 100]
+    late = [j for j in heads.columns[0] if j >= 30]
     assert len(far) >= 2 and len(late) >= 3
     columns, distances = choose_lines(vertical, slash, 30 + len(late), 100 + len(far))
     assert columns[0, 0].nonzero().flatten().tolist() == [*range(30), *sorted(late)]
@@ -138,6 +138,11 @@ def test_the_ends_come_before_others():
     columns, distances = choose_lines(sums, sums, 30, 100)
     assert columns[..., :30].all() and not columns[..., 30:].any()
     assert distances[..., :100].all() and not distances[..., 100:].any()
+    columns, distances = choose_lines(sums, sums, 5, 4, forced=(2, 3))
+    assert columns[..., :2].all() and distances[..., :3].all()
+    for kept, n, ends in ((columns, 5, 2), (distances, 4, 3)):
+        best = sums[..., ends:].topk(n - ends).indices.sort().values + ends
+        assert torch.equal(kept[..., ends:].nonzero()[:, 2] + ends, best.flatten())
 
 
 def test_blocks_are_the_best_pooled_ones_and_the_own():
@@ -199,12 +204,13 @@ def test_scaling_to_a_cost():
 
 
 def test_the_search_finds_the_planted_shape():
-    heads = planted_heads(("a_shape", "vertical_slash", "block"), 512, D=32, stretch=32, seed=1)
-    options = dict(scale=1.0, block=32)
-    found, gaps = search_head_patterns(*heads[:3], budget=0.4, **options)
+    kinds = "a_shape", "vertical_slash", "block"
+    heads = planted_heads(kinds, 1024, distances=2, strength=12.0, seed=6)
+    options = dict(scale=1.0, forced=(2, 8))
+    found, gaps = search_head_patterns(*heads[:3], budget=0.3, **options)
     assert [pattern.kind for pattern in found] == ["a_shape", "vertical_slash", "block_sparse"]
     assert gaps.shape == (6, 3) and (gaps >= 0).all()
-    allowed = 0.4 * 512 * 513 / 2
+    allowed = 0.3 * 1024 * 1025 / 2
     for h, pattern in enumerate(found):
         one = heads.q[:, h : h + 1], heads.k[:, h : h + 1]
         assert int(computed_scores(*one, pattern, **options)) <= allowed
