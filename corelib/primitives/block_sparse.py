@@ -213,13 +213,15 @@ def _mask(n, tiles, edges, groups, lists, k, L, *, causal, key_positions):
     S, block = k.shape[2], lists.block
     within, places = torch.arange(block), tiles % lists.shape[2]
     keys = (edges[..., None] * block + within).flatten(1)  # (R, few * block)
-    seen = (keys < S)[:, None].expand(-1, block, -1)
-    if causal:
-        if key_positions is not None:
-            where = groups[tiles, None], keys.clamp(max=S - 1)
-            keys = key_positions.flatten(0, 1)[where]
-        here = places[:, None] * block + within + S - L
-        seen = seen & (keys[:, None] <= here[..., None])
+    here = places[:, None] * block + within + S - L
+    exists = (keys < S)[:, None].expand(-1, block, -1)
+    if not causal:
+        seen = exists
+    elif key_positions is None:  # hides what is behind the last key too, at any distance alike
+        seen = keys[:, None] <= here[..., None]
+    else:
+        positions = key_positions.flatten(0, 1)[groups[tiles, None], keys.clamp(max=S - 1)]
+        seen = exists & (positions[:, None] <= here[..., None])
     mask = torch.zeros((len(tiles), 1, block, n * block), dtype=k.dtype)
     mask[:, 0, :, (n - edges.shape[1]) * block :].masked_fill_(~seen, -torch.inf)
     empty = ~seen.any(-1)[:, None] if n == edges.shape[1] else None
