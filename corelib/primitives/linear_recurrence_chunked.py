@@ -54,13 +54,15 @@ class _Chunked(torch.autograd.Function):
             running = state[heads]
             for rows, chunks in slabs:
                 parts = [_cut(x, heads, rows, chunk, state) for x in (q, k, v, log_decay)]
-                result, befores, running = _forward(*parts, running, scale, width)
-                _put(out, result, heads, rows)
                 if keep:
-                    states[heads, chunks] = befores
+                    around = states[heads, chunks.start : chunks.stop + 1]
+                else:
+                    size = len(running), chunks.stop - chunks.start + 1, *state.shape[1:]
+                    around = state.new_empty(size)
+                around[:, 0] = running
+                _put(out, _forward(*parts, around, scale, width), heads, rows)
+                running = around[:, -1]
             final[heads] = running
-        if keep:
-            states[:, -1] = final
         ctx.save_for_backward(q, k, v, log_decay, states)
         ctx.scale, ctx.chunk, ctx.width = scale, chunk, width
         return out, final
@@ -85,19 +87,20 @@ class _Chunked(torch.autograd.Function):
         return *grads, d_state, None
 
 
-def _forward(q, k, v, log_decay, state, scale, width) -> tuple[Tensor, Tensor, Tensor]:
-    """Chunks ``q (N * chunks, C, K)`` -> out, the states before them, and the last state."""
-    N = len(state)
+def _forward(q, k, v, log_decay, states, scale, width) -> Tensor:
+    """Chunks ``q (heads * chunks, C, K)`` -> out.
+
+    ``states (heads, chunks + 1, K, V)`` holds the state before the first chunk; the others are
+    filled in.
+    """
     here = _decay(q, k, log_decay, width)
-    added = torch.bmm(here.write.mT, v).unflatten(0, (N, -1))
-    totals = here.total.unflatten(0, (N, -1))
-    befores = torch.empty_like(added)
-    for c in range(added.shape[1]):
-        befores[:, c] = state
-        state = torch.addcmul(added[:, c], totals[:, c], state)
+    added = torch.bmm(here.write.mT, v).unflatten(0, (len(states), -1))
+    totals = here.total.unflatten(0, (len(states), -1)).unbind(1)
+    steps = states.unbind(1)
+    for before, after, new, total in zip(steps, steps[1:], added.unbind(1), totals):
+        torch.addcmul(new, total, before, out=after)
     out = torch.bmm(here.scores, v)
-    out.baddbmm_(here.read, befores.flatten(0, 1), beta=scale, alpha=scale)
-    return out, befores, state
+    return out.baddbmm_(here.read, states[:, :-1].flatten(0, 1), beta=scale, alpha=scale)
 
 
 def _backward(
@@ -107,15 +110,16 @@ def _backward(
 
     ``around``: the states before each chunk and after the last; ``d_state``: of the one after.
     """
-    N, count = len(around), around.shape[1] - 1
     d_out = d_out * scale
     here = _decay(q, k, log_decay, width, keep=True)
-    read_out = torch.bmm(here.read.mT, d_out).unflatten(0, (N, -1))
-    totals = here.total.unflatten(0, (N, -1))
-    d_afters = torch.empty_like(read_out)
-    for c in reversed(range(count)):
-        d_afters[:, c] = d_state
-        d_state = torch.addcmul(read_out[:, c], totals[:, c], d_state)
+    read_out = torch.bmm(here.read.mT, d_out).unflatten(0, (len(around), -1)).unbind(1)
+    totals = here.total.unflatten(0, (len(around), -1)).unbind(1)
+    d_states = torch.empty_like(around, memory_format=torch.contiguous_format)
+    d_states[:, -1] = d_state
+    steps = d_states.unbind(1)
+    for c in reversed(range(len(totals))):
+        torch.addcmul(read_out[c], totals[c], steps[c + 1], out=steps[c])
+    d_afters, d_state = d_states[:, 1:], steps[0]
     d_after = d_afters.flatten(0, 1)
     d_v = torch.bmm(here.scores.mT, d_out).baddbmm_(here.write, d_after)
     d_scores = torch.bmm(d_out, v.mT).tril_()
