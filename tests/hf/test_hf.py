@@ -3,6 +3,8 @@
 The oracle is their `sdpa`: their `eager` takes its softmax in float32 even in a float64 model.
 """
 
+import functools
+
 import pytest
 import torch
 
@@ -13,6 +15,12 @@ from corelib.hf.attention import left_pads  # noqa: E402
 from corelib.models.cache import DenseCache  # noqa: E402
 from corelib.models.decoder import generate  # noqa: E402
 from corelib.primitives import attention  # noqa: E402
+from corelib.sparse_attention.minference import (  # noqa: E402
+    a_shape,
+    block_sparse,
+    minference_attention,
+    vertical_slash,
+)
 
 SIZES = dict(
     vocab_size=60,
@@ -74,6 +82,25 @@ def test_padded_batches_equal_theirs(model, side):
     torch.testing.assert_close(got[mask], expected[mask], rtol=1e-9, atol=1e-9)
     unmasked = model(x).logits
     assert side == "right" or float((unmasked - expected)[mask].abs().max()) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.method("minference")
+@pytest.mark.parametrize("full", [a_shape(1, 99), vertical_slash(99, 99), block_sparse(99)])
+def test_minference_with_a_full_budget_equals_theirs(model, full):
+    x, mask = padded()
+    options = dict(attention_mask=mask.long(), max_new_tokens=4, do_sample=False)
+    expected = model.generate(x, **options)
+    logits = model(x, attention_mask=mask.long()).logits
+    sparse = functools.partial(minference_attention, patterns=full, block=4, last=3)
+    model.set_attn_implementation(hf.register("minference", sparse))
+    got = model(x, attention_mask=mask.long()).logits
+    torch.testing.assert_close(got[mask], logits[mask], rtol=1e-9, atol=1e-9)
+    assert torch.equal(model.generate(x, **options), expected)
+    few = functools.partial(minference_attention, patterns=a_shape(0, 1))
+    model.set_attn_implementation(hf.register("minference", few))
+    model.set_attn_implementation("corelib:minference")
+    assert float((model(x, attention_mask=mask.long()).logits - logits)[mask].abs().max()) > 1e-3
 
 
 @torch.no_grad()
