@@ -39,6 +39,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..data import LabelledBatch
+from ..measure.score import Score, wilson
 from .lra_tasks import Task, full_arena, lab_arena
 
 __all__ = [
@@ -80,44 +81,8 @@ PAPER_TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 # ---- scoring
 
 
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Where the true accuracy lies when ``right`` of ``n`` were right (Wilson 1927; 95 %)."""
-    if not 0 <= right <= n or n < 1:
-        raise ValueError(f"right, n: expected 0 <= right <= n and n >= 1, got {right} and {n}")
-    share, extra = right / n, z * z / n
-    centre = (share + extra / 2) / (1 + extra)
-    half = z * math.sqrt(share * (1 - share) / n + extra / (4 * n)) / (1 + extra)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """``right`` of ``n`` examples; ``chance`` is the share of the commonest label among them."""
-
-    right: int
-    n: int
-    chance: float
-
-    @property
-    def accuracy(self) -> float:
-        return self.right / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson(self.right, self.n)
-
-    @property
-    def above_chance(self) -> bool:
-        """Whether all of the interval lies above chance."""
-        return self.interval[0] > self.chance
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.accuracy:.1%} [{low:.1%}, {high:.1%}], chance {self.chance:.1%}"
-
-
 def score(said: Int[Tensor, " B"], labels: Int[Tensor, " B"]) -> Score:
-    """How many of ``labels`` were said."""
+    """How many of ``labels`` were said; chance is the share of the commonest label."""
     if said.shape != labels.shape:
         raise ValueError(f"said: expected shape {tuple(labels.shape)}, got {tuple(said.shape)}")
     commonest = int(labels.bincount().max())
