@@ -327,9 +327,8 @@ def healed_next_byte(view: ByteView, text: bytes) -> Law:
 
 def _first_bytes(view: ByteView, ids: list[int]) -> Law:
     probs, law = _next_probs(view, ids), torch.zeros(257, dtype=torch.float64)
-    for v, word in enumerate(view.tokenizer.bytes):
-        if word:
-            law[word[0]] += probs[v]
+    every = view.longer[b""]
+    law.index_add_(0, view.followers.first[every], probs[every])
     if view.end is not None:
         law[END] = probs[view.end]
     return law / law.sum()

@@ -212,6 +212,9 @@ def test_what_encodes_itself_is_not_enough():
     assert naive_next_byte(view, b"a\n\n")[32].item() == 1.0
     wanted = torch.tensor([0.9, 0.1], dtype=torch.float64)
     torch.testing.assert_close(view.next_byte(b"a\n\n")[[98, 32]], wanted, **EXACT)
+    leaky, model = random_view(tokenizer), RandomModel(tokenizer.vocab)
+    p = restricted(model, tokenizer, [*pair, tokenizer.end])  # a text never ends behind (10, 10)
+    assert math.isclose(leaky.log_prob(b"\n\n", ended=True), math.log(p), abs_tol=1e-10)
 
 
 # --- baselines and ensembles ----------------------------------------------------------------------

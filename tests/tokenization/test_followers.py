@@ -71,6 +71,14 @@ def test_other_tokenizers_are_asked_whole():
     assert followers.may_end((0, 1)) and not followers.may_end((0, 1, 2))
 
 
+def test_where_a_text_may_end():
+    tokenizer = train_bpe([b"\n\n \n\n \n\n"], 3, WORDS)
+    followers = Followers(tokenizer)
+    assert followers.may_end(tuple(tokenizer.encode(b"\n\n"))) and followers.may_end(())
+    assert not followers.may_end((10, 10)) and followers.after((10, 10))[ord("a")]
+    assert not followers.after((10, 10))[10]
+
+
 @pytest.mark.no_shape_checks
 def test_a_boundary_is_asked_for():
     with pytest.raises(ValueError, match="boundary: the tokenizer names none"):
