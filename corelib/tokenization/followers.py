@@ -68,8 +68,16 @@ class Followers:
             return self.alone
         last = self.words[tail[-1]]
         if self.merges is None or self.boundary.continuations(last):
-            return self._slow(tail)
+            return self._slow(self._since_cut(tail))
         return self.alone & ~(self._joined(last[-1]) & self._crossing(tail[-1]))
+
+    def _since_cut(self, tail: tuple[int, ...]) -> tuple[int, ...]:
+        """What is left of ``tail`` behind the last safe cut: nothing before matters."""
+        left, n = self.boundary.safe_cut(decode_bytes(self.tokenizer, tail)), 0
+        while left > 0:
+            left -= len(self.words[tail[n]])
+            n += 1
+        return tail[n:]
 
     def _encoded(self, tail: tuple[int, ...]) -> Tensor:
         every = enumerate(self.words)
@@ -97,4 +105,5 @@ class Followers:
 
     def may_end(self, tail: tuple[int, ...]) -> bool:
         """Whether a text may end behind ``tail``: it is the whole encoding."""
+        tail = self._since_cut(tail)
         return self.tokenizer.encode(decode_bytes(self.tokenizer, tail)) == list(tail)
