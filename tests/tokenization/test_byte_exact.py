@@ -260,9 +260,15 @@ def shipped_view(model, new_cache=DenseCache):
     return ByteView(model, tokenizer, new_cache=new_cache, **options)
 
 
-@pytest.mark.parametrize("x", [b"That is the questi", b"to be, \n\n", b"Nay  ", b"x", b""])
-def test_cache_and_restart_change_nothing(decoder, x):
-    view, plain = shipped_view(decoder), shipped_view(decoder, None)
+@pytest.fixture(scope="module")
+def views(decoder):
+    """With a KV cache and without."""
+    return shipped_view(decoder), shipped_view(decoder, None)
+
+
+@pytest.mark.parametrize("x", [b"the questi", b"be, \n\n", b""])
+def test_cache_and_restart_change_nothing(views, x):
+    view, plain = views
     law = view.next_byte(x)
     torch.testing.assert_close(law, plain.next_byte(x), **EXACT)
     torch.testing.assert_close(law, view.reader(x, restart=False).law(), **EXACT)
@@ -270,8 +276,8 @@ def test_cache_and_restart_change_nothing(decoder, x):
     assert math.isclose(law[101].item(), ratio, rel_tol=1e-9)
 
 
-def test_shares_are_those_of_the_covers(decoder):
-    view, tokenizer = shipped_view(decoder), load_tokenizer()
+def test_shares_are_those_of_the_covers(views):
+    view, tokenizer = views[0], load_tokenizer()
     reader = view.reader(b"of Scot")
     assert sorted(reader.covers()) == covers(tokenizer, b" Scot", WORDS)
     assert math.isclose(sum(reader.covers().values()), 1.0, rel_tol=1e-12)

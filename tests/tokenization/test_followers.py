@@ -26,7 +26,7 @@ def test_the_shipped_tokenizer():
     followers, random_ = Followers(tokenizer, WORDS), random.Random(0)
     for corpus in ("shakespeare", "python"):
         text = next(iter(documents(corpus, "test").values())).encode()[:2000]
-        for _ in range(4):
+        for _ in range(2):
             x = text[: random_.randrange(50, 2000)]
             tail = tuple(tokenizer.encode(x[WORDS.safe_cut(x) :]))
             assert torch.equal(followers.after(tail), encoded(followers, tail)), tail
@@ -34,7 +34,7 @@ def test_the_shipped_tokenizer():
     assert not followers.after(())[tokenizer.doc]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=8)
 @given(st.lists(st.sampled_from("ab.1 \n"), min_size=1, max_size=30), st.sampled_from([0, 4, 12]))
 def test_learnt_merges_with_and_without_boundary(text, merges):
     data = "".join(text).encode()
@@ -42,7 +42,7 @@ def test_learnt_merges_with_and_without_boundary(text, merges):
         tokenizer = train_bpe([data, data[::-1], b"aaaa aaab abab"], merges, boundary)
         followers = Followers(tokenizer)
         ids = tokenizer.encode(data)
-        for n in {0, 1, len(ids) // 2, len(ids)}:
+        for n in {0, len(ids) // 2, len(ids)}:
             tail = ids[:n]
             if tokenizer.encode(decode_bytes(tokenizer, tail)) == tail:
                 assert torch.equal(followers.after(tuple(tail)), encoded(followers, tail))

@@ -36,17 +36,15 @@ alphabet = st.lists(st.sampled_from([b"a", b"b", b"1", b".", b" ", b"\n"]), max_
 letters = st.lists(st.sampled_from([b"a", b"b"]), max_size=9).map(b"".join)
 
 
-@pytest.fixture(scope="module")
-def words():
-    return train_bpe([SAMPLE], 12, WORDS)
-
-
 KIT = {
     "bytes": ByteTokenizer(),
     "longest": LongestMatch([b"a", b"b", b"aa", b"aba", b"bb"]),
     "unigram": Unigram({b"a": 0.3, b"b": 0.3, b"ab": 0.2, b"ba": 0.2, b"aab": 0.1}),
     "bpe": train_bpe([b"abaabbababbaab" * 3], 8, ANYWHERE),
 }
+
+
+WORDS_KIT = train_bpe([SAMPLE], 12, WORDS)
 
 
 @settings(deadline=None, max_examples=60)
@@ -106,10 +104,10 @@ def test_a_boundary_keeps_merges_inside_pieces():
     assert any(b" " in word[1:] for word in train_bpe([text], 12, ANYWHERE).bytes)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(alphabet, alphabet)
 def test_a_safe_cut_is_a_cut_whatever_comes(x, y):
-    tokenizer = train_bpe([SAMPLE], 12, WORDS)
+    tokenizer = WORDS_KIT
     cut = WORDS.safe_cut(x)
     assert b"".join(WORDS.split(x)) == x
     whole = tokenizer.encode(x[:cut]) + tokenizer.encode(x[cut:] + y)
@@ -121,8 +119,9 @@ def test_safe_cuts_by_hand():
     assert {x: WORDS.safe_cut(x) for x in cuts} == cuts
 
 
-def test_reachable_is_what_the_encodings_of_all_texts_begin_with(words):
+def test_reachable_is_what_the_encodings_of_all_texts_begin_with():
     """Texts of up to five of four bytes; and two line ends are two things."""
+    words = WORDS_KIT
     begun, marks = set(), [b"a", b"1", b" ", b"\n"]
     for n in range(1, 6):
         for text in map(b"".join, itertools.product(marks, repeat=n)):
