@@ -10,6 +10,9 @@ probability (`mass_blocks`), with blocks that are always kept (`keep_ends`).
 *Meters.* ``exp(lse_kept - lse_all)`` is the share of a query's attention that the kept keys hold
 (`attention_recall`); `block_density` is the share of the visible blocks that is computed;
 `relative_error` compares outputs.
+
+On a GPU, means and scores come from the Triton kernels of ``corelib.kernels.block_scores``, unless
+they are to be differentiated.
 """
 
 from __future__ import annotations
@@ -25,6 +28,10 @@ from .block_sparse import BlockLists, check_block
 def pool_blocks(x: Float[Tensor, "B H L D"], block: int) -> Float[Tensor, "B H n D"]:
     """The mean of every block of ``block`` positions; the last one over those that exist."""
     check_block(block)
+    if _takes_kernel(x):
+        from corelib.kernels.block_scores import pool_blocks as kernel
+
+        return kernel(x, block)
     L = x.shape[2]
     rest = -L % block
     sums = F.pad(x, (0, 0, 0, rest)).unflatten(2, (-1, block)).sum(3)
@@ -56,15 +63,54 @@ def pooled_block_scores(
     A softmax over the last axis estimates how a row of blocks shares its attention. Raises
     ValueError where ``k``'s heads do not divide ``q``'s or widths differ.
     """
-    (_, H, L, D), (_, G, S, _) = q.shape, k.shape
-    if G == 0 or H % G or k.shape[3] != D:
-        raise ValueError(
-            f"k: expected heads that divide {H} and width {D}, got {G} and {k.shape[3]}"
-        )
-    pooled_q, pooled_k = pool_blocks(q, block), pool_blocks(k, block)
-    scores = pooled_q @ pooled_k.repeat_interleave(H // G, 1).transpose(2, 3)
-    scores = scores * (D**-0.5 if scale is None else scale)
-    reachable = reachable_blocks(L, S, block, causal=causal).to(q.device)
+    scale = _checked_scale(q, k, scale)
+    if _takes_kernel(q, k):
+        from corelib.kernels.block_scores import pooled_block_scores as kernel
+
+        return kernel(q, k, block, causal=causal, scale=scale)
+    pooled_k = pool_blocks(k, block).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = pool_blocks(q, block) @ pooled_k.transpose(2, 3) * scale
+    return _hide_unreachable(scores, q, k, block, causal)
+
+
+def grouped_block_scores(
+    q: Float[Tensor, "B H L D"],
+    k: Float[Tensor, "B G S D"],
+    block: int,
+    *,
+    causal: bool,
+    scale: float | None = None,
+) -> Float[Tensor, "B G nq nk"]:
+    """`pooled_block_scores` added up over the query heads that share a key head.
+
+    For a choice that all heads of a group share. Raises as `pooled_block_scores`.
+    """
+    scale = _checked_scale(q, k, scale)
+    if _takes_kernel(q, k):
+        from corelib.kernels.block_scores import grouped_block_scores as kernel
+
+        return kernel(q, k, block, causal=causal, scale=scale)
+    pooled_q = pool_blocks(q, block).unflatten(1, (k.shape[1], -1)).sum(2)
+    scores = pooled_q @ pool_blocks(k, block).transpose(2, 3) * scale
+    return _hide_unreachable(scores, q, k, block, causal)
+
+
+def _takes_kernel(*tensors: Tensor) -> bool:
+    """The Triton kernels: for a GPU, forward only, up to float32 and 256 channels."""
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    fits = all(x.is_cuda and x.itemsize <= 4 and 1 <= x.shape[-1] <= 256 for x in tensors)
+    return fits and not tracked
+
+
+def _checked_scale(q: Tensor, k: Tensor, scale: float | None) -> float:
+    (_, H, _, D), (_, G, _, width) = q.shape, k.shape
+    if G == 0 or H % G or width != D:
+        raise ValueError(f"k: expected heads that divide {H} and width {D}, got {G} and {width}")
+    return D**-0.5 if scale is None else scale
+
+
+def _hide_unreachable(scores: Tensor, q: Tensor, k: Tensor, block: int, causal: bool) -> Tensor:
+    reachable = reachable_blocks(q.shape[2], k.shape[2], block, causal=causal).to(q.device)
     return scores.masked_fill(~reachable, -torch.inf)
 
 

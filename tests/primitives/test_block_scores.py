@@ -9,6 +9,7 @@ from corelib.primitives import attention_reference, visible_keys
 from corelib.primitives.block_scores import (
     attention_recall,
     block_density,
+    grouped_block_scores,
     keep_ends,
     mass_blocks,
     pool_blocks,
@@ -39,6 +40,14 @@ def test_a_pooled_score_is_the_mean_of_the_scores():
         for c in range(4):
             tile = scores[..., 8 * a : 8 * a + 8, 8 * c : 8 * c + 8]
             torch.testing.assert_close(got[..., a, c], tile.mean((-1, -2)))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_grouped_scores_add_up_the_heads_of_a_group(causal):
+    q, k = randn(2, 6, 20, 4), randn(2, 2, 28, 4, seed=1)
+    every = pooled_block_scores(q, k, 8, causal=causal)
+    got = grouped_block_scores(q, k, 8, causal=causal)
+    torch.testing.assert_close(got, every.unflatten(1, (2, 3)).sum(2))
 
 
 @pytest.mark.parametrize(("L", "S"), [(20, 20), (7, 33), (33, 7), (16, 19)])
