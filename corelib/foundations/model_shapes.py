@@ -59,7 +59,8 @@ class ModelSpec:
     def of(cls, config: Any, name: str, **options: Any) -> ModelSpec:
         """The shape of a model whose ``config`` has fields of these names."""
         fields = ("layers", "width", "heads", "kv_heads", "head_width", "hidden", "vocab")
-        return cls(name, **{field: getattr(config, field) for field in fields}, **options)
+        sizes = {field: getattr(config, field) for field in fields}
+        return cls(name, **sizes, qkv_bias=getattr(config, "qkv_bias", False), **options)
 
     @property
     def parameters(self) -> int:

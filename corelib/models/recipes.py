@@ -27,7 +27,8 @@ class Recipe:
     """A training run. ``kind``: ``"decoder"`` (next token) or ``"encoder"`` (masked tokens).
 
     The learning rate rises over ``warmup`` steps, stays, and falls linearly to zero over the last
-    ``decay`` of all steps. Batches are drawn from ``seed`` and the step number alone.
+    ``decay`` of all steps; then again for ``restart`` more steps (a warm restart, Loshchilov &
+    Hutter, arXiv 1608.03983). Batches are drawn from ``seed`` and the step number alone.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Recipe:
     lr: float = 3e-3
     warmup: int = 30
     decay: float = 0.25
+    restart: int = 0
     seed: int = 1
     eval_every: int = 200
 
@@ -59,8 +61,11 @@ class Recipe:
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step number ``step``."""
-        falling = (self.steps - step) / (self.decay * self.steps)
-        return self.lr * min(1.0, (step + 1) / self.warmup, falling)
+        first, last = 0, self.steps - self.restart
+        if step >= last:
+            first, last = last, self.steps
+        falling = (last - step) / (self.decay * (last - first))
+        return self.lr * min(1.0, (step - first + 1) / self.warmup, falling)
 
     def past(self, done: int) -> list[tuple]:
         """What decided the first ``done`` steps."""
@@ -81,6 +86,8 @@ def from_dict(stored: dict) -> Recipe:
 # Copying is what all retrieval is made of: a first stage of mostly repeats brings it early.
 COPYING_FIRST = Mixture(passkey=0.0, mqar=0.20, repeats=0.40)
 COPYING_STAYS = Mixture(passkey=0.10, mqar=0.10, repeats=0.10)
+LOOKING_FAR = Mixture(passkey=0.30, mqar=0.06, repeats=0.04)
+KEYS_AGAIN = Mixture(passkey=0.50, mqar=0.04, repeats=0.02)
 
 RECIPES = {
     recipe.name: recipe
@@ -93,9 +100,13 @@ RECIPES = {
                 Stage(128, 32, 160, COPYING_FIRST, guidance=0.5),
                 Stage(256, 16, 600, COPYING_STAYS),
                 Stage(512, 8, 500),
-                Stage(1024, 4, 400),
-                Stage(2048, 4, 320),
+                Stage(1024, 4, 128),
+                Stage(1024, 4, 272, LOOKING_FAR),
+                Stage(2048, 4, 320, LOOKING_FAR),
+                Stage(512, 16, 60, KEYS_AGAIN),
+                Stage(2048, 4, 180, KEYS_AGAIN),
             ),
+            restart=240,
         ),
         Recipe(
             "draft_lm",
@@ -115,7 +126,7 @@ RECIPES = {
             "encoder",
             "encoder",
             DecoderConfig(width=192, layers=4, heads=3, kv_heads=3, hidden=512, context=1024),
-            (Stage(256, 16, 1500), Stage(1024, 4, 500)),
+            (Stage(256, 16, 1000), Stage(1024, 4, 250)),
             seed=3,
         ),
     )

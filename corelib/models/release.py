@@ -47,7 +47,7 @@ def decoder_figures(model) -> dict:
             32, 512, vocab=tokenizer.n_plain, pairs=pairs, ask=tokenizer.ask, generator=generator
         )
         found[f"MQAR accuracy, {pairs} pairs"] = evaluate.answer_accuracy(model, batch)
-    gain, error = evaluate.gain_of_context(model, test)
+    gain, error = evaluate.gain_of_context(model, test, rows=256, scored=128)
     found["nats a token saved by context 1900 over 512"] = gain
     found["its standard error"] = error
     stripes, copied = evaluate.induction_scores(model, vocab=tokenizer.n_plain)
@@ -93,9 +93,17 @@ def release(
     return path
 
 
+def _missed(found: dict) -> str:
+    """The bar that a decoder of this lab was to reach, where it did not."""
+    right = found.get("passkey accuracy at 2048 tokens", 1.0)
+    if right >= 0.95:
+        return ""
+    return f" Its pass keys at 2,048 tokens fall short of the 0.95 that was aimed at ({right:.2f})."
+
+
 def _card(name: str, trainer: Trainer, found: dict, path: pathlib.Path) -> str:
     recipe, config = trainer.recipe, trainer.recipe.config
-    stages = ", ".join(f"{s.steps} steps of {s.rows} × {s.length}" for s in recipe.stages)
+    stages = ", ".join(f"{s.steps} of {s.rows} × {s.length}" for s in recipe.stages)
     rows = "\n".join(f"| {key} | {value:.4g} |" for key, value in found.items())
     shape = f"{config.layers} layers, width {config.width}, {config.heads} query and "
     shape += f"{config.kv_heads} key/value heads of {config.head_width}"
@@ -108,12 +116,14 @@ of float16 in `{path.name}`.
 - **Data**: the train split of `corelib.data` (Shakespeare and Python source; see its README),
   byte-pair encoding of `corelib/models/tokenizer.json`; for decoders with passkey, MQAR and
   repetition tasks among it (`corelib/models/recipes.py`).
-- **Training**: {trainer.tokens:,} tokens ({stages}), seed {recipe.seed}, Muon and AdamW at
+- **Training**: {trainer.tokens:,} tokens
+  (steps of rows × length: {stages}),
+  seed {recipe.seed}, Muon and AdamW at
   {recipe.lr:g}, {trainer.seconds / 60:.0f} minutes on a shared CPU core, bfloat16 matrix products.
 - **Command**: `python -m corelib.models.train {name}`, then
   `python -m corelib.models.zoo release {name}`.
 - **Known limits**: a small model of few texts; it speaks in the manner of what it read and knows
-  nothing.
+  nothing.{_missed(found)}
 
 On held-out works (whole plays and a whole Python package that it never saw):
 

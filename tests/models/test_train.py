@@ -160,3 +160,13 @@ def test_muon_step_has_the_declared_size():
     assert 0.7 * 0.06 < typical < 1.2 * 0.06
     with pytest.raises(ValueError, match="parameters: expected matrices"):
         Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+
+
+def test_the_rate_rises_stays_and_falls_twice():
+    recipe = Recipe(
+        "x", "decoder", CONFIG, (Stage(8, 1, 50),), lr=1.0, warmup=4, decay=0.5, restart=10
+    )
+    rates = [recipe.lr_at(step) for step in range(50)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[19] == 1.0
+    assert rates[39] == 1 / 20 and rates[40:44] == [0.25, 0.5, 0.75, 1.0] and rates[49] == 1 / 5
+    assert all(a >= b for a, b in zip(rates[4:39], rates[5:40], strict=True))
