@@ -38,7 +38,7 @@ def test_release_measures_the_stored_model_and_writes_its_card(tmp_path, monkeyp
         assert torch.equal(a.half().float(), b) and torch.equal(b, c)
     assert path == tmp_path / "zoo" / "tiny.safetensors"
     card = zoo.card("tiny", tmp_path / "zoo")
-    assert "| a bar | 0.5 |" in card and "2 steps of 2 × 32" in card and "128 tokens" in card
+    assert "| a bar | 0.5 |" in card and "2 of 2 × 32" in card and "128 tokens" in card
     assert zoo.figures("tiny", tmp_path / "zoo")["figures"] == {"a bar": 0.5}
     assert "measured in" in capsys.readouterr().out
     text = zoo.sample("tiny", "To be", 5, folder=tmp_path / "zoo")
