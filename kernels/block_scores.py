@@ -39,6 +39,7 @@ ROWS = 32  # tokens that a program of the first kernel reads at a time
 TILE = 64  # blocks of queries and of keys in a program of the second
 SLICE = {2: 64, 4: 32}  # itemsize -> channels multiplied at a time
 OPTIONS = {"num_warps": 4, "num_stages": 2}
+WIDE_OPTIONS = {"num_warps": 8, "num_stages": 2}  # products in float32: registers run out with 4
 
 
 @jit
@@ -145,7 +146,8 @@ def _scores(
     out = q.new_empty(B, heads, nq, nk)
     if 0 in out.shape:
         return out
-    options = {} if is_interpreted(_scores_kernel) else OPTIONS
+    options = WIDE_OPTIONS if q.itemsize == 4 else OPTIONS
+    options = {} if is_interpreted(_scores_kernel) else options
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         _scores_kernel[(B * heads, -(-nq // TILE), -(-nk // TILE))](
             mean_q, mean_k, out, heads // G, summed, L, S - L, nq, nk, block,
@@ -234,7 +236,7 @@ def _product(dtype: str, width: int, *, grouped: bool = False) -> Specialisation
         },
         divisible=("block",),
         overrides={"gfx942": {"constexprs": {"PRECISION": "ieee"}}},
-        **OPTIONS,
+        **(WIDE_OPTIONS if dtype == "fp32" else OPTIONS),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from .attention import (
 from .block_scores import (
     attention_recall,
     block_density,
+    grouped_block_scores,
     keep_ends,
     mass_blocks,
     pool_blocks,
@@ -79,6 +80,7 @@ __all__ = [
     "fft_conv",
     "gather_decode",
     "gather_decode_reference",
+    "grouped_block_scores",
     "half_split_to_interleaved",
     "interleaved_to_half_split",
     "keep_ends",
