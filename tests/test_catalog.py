@@ -129,6 +129,7 @@ def test_load_passes_on_what_a_module_lacks(tmp_path, monkeypatch):
 
     (tmp_path / "lra.py").write_text("import a_library_that_nobody_has\n")
     monkeypatch.setattr(package, "__path__", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "corelib.foundations.lra", raising=False)
     with pytest.raises(ModuleNotFoundError, match="a_library_that_nobody_has"):
         find("lra").load()
 

@@ -11,7 +11,6 @@ from corelib.decoding import aggressive_decoding
 from corelib.decoding.aggressive_decoding import (
     BlockNAT,
     ScriptedModel,
-    block_draft,
     example,
     gad_decode,
     input_guided,
@@ -29,11 +28,9 @@ from corelib.decoding.shared import (
     token_law,
     total_variation,
 )
-from corelib.models import zoo
 from corelib.models.cache import DenseCache
 from corelib.models.decoder import generate
 from corelib.models.encoder import Encoder
-from corelib.models.tokenizer import load_tokenizer
 
 
 def plain(model, ids, new, eos=None):
@@ -207,42 +204,6 @@ def test_full_tolerance_keeps_every_draft(tiny):
     report = gad_decode(model, nat, ids, 20, beta=20, tau=1e9)
     assert report.accepted == report.drafted and report.target_calls == 4
     assert report.tokens != plain(model, ids, 20)
-
-
-def test_block_nat_learns_a_block_given_a_prefix(tiny):
-    nat = BlockNAT(Encoder(tiny().config, seed=3).double(), 4, mask=19)
-    prompt, target = some_ids(3).repeat(5, 1), some_ids(9, seed=2).repeat(5, 1)
-    optimizer = torch.optim.Adam(nat.parameters(), lr=2e-2)
-    for step in range(40):
-        optimizer.zero_grad()
-        loss = nat.loss(prompt, target, start=5 * (step % 2))
-        loss.backward()
-        optimizer.step()
-    tokens = [*prompt[0].tolist(), *target[0, :5].tolist()]
-    assert block_draft(nat)(tokens, 3, 9).tokens == target[0, 5:9].tolist()
-    ignored = target.masked_fill(torch.arange(9) >= 6, -1)
-    alone = torch.nn.functional.cross_entropy(
-        nat(torch.cat([prompt, target[:, :5]], 1))[:, 0], target[:, 5]
-    )
-    torch.testing.assert_close(nat.loss(prompt, ignored, start=5), alone)
-
-
-# --- real models ----------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif("text_lm" not in zoo.names(), reason="text_lm is not in the zoo")
-def test_text_lm_decodes_the_same():
-    """With its own text as the guess, with two tokens of it changed, and with nonsense."""
-    model = zoo.load("text_lm", dtype=torch.float64)
-    ids = torch.tensor([load_tokenizer().encode("Draw thy tool; here comes two of the house of")])
-    expected = plain(model, ids, 24)
-    changed = [*expected[:7], 300, *expected[8:15], 301, *expected[16:]]
-    calls = []
-    for guess in (expected, changed, [7] * 9):
-        report = input_guided_decode(model, ids, guess, 24, cache=DenseCache())
-        assert report.tokens == expected
-        calls.append(report.target_calls)
-    assert calls[0] == 1 < calls[1] <= 24 and calls[2] <= 24
 
 
 # --- errors ---------------------------------------------------------------------------------------
