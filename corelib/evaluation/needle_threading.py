@@ -102,6 +102,8 @@ def _ends(stack: Mapping[str, Value], key: str) -> tuple[int, str]:
     steps, value = 0, key
     while isinstance(value, str) and value in stack:
         steps, value = steps + 1, stack[value]
+        if steps > len(stack):
+            raise ValueError(f"text: expected threads that end, got a cycle behind {key!r}")
     if isinstance(value, str):
         return steps, value
     further, end = max(_ends(stack, one) for one in value)

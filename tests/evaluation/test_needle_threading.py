@@ -264,3 +264,13 @@ def test_errors_name_the_argument():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.no_shape_checks
+def test_a_cycle_is_refused():
+    question = benchmark("thread", 6).generate(1, seed=0)[0]
+        1, seed=0
+    )[0]
+    asked = json.loads(question.query.split("\n")[-1].rstrip(": "))
+    with pytest.raises(ValueError, match="text: expected threads that end"):
+        needles.solve(json.dumps({asked: "b", "b": asked}), question.query)
