@@ -22,6 +22,7 @@ from ...foundations.longctx_peak import (
     switch_seconds,
 )
 from ...foundations.model_shapes import MODELS, ModelSpec, Server
+from ...hf import to_transformers
 from ...models.cache import DenseCache
 from ...models.decoder import Decoder, DecoderConfig
 from ..hardware import A100, H100, this_machine
@@ -39,32 +40,11 @@ def _ours() -> Decoder:
 
 
 def _twin(ours: Decoder) -> Any:
-    """The same model in transformers; its embedding is not scaled, ours is."""
+    """The same model in transformers."""
     transformers = peer("transformers")
     if isinstance(transformers, Missing):
         return transformers
-    c = CONFIG
-    config = transformers.LlamaConfig(
-        vocab_size=c.vocab,
-        hidden_size=c.width,
-        intermediate_size=c.hidden,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        head_dim=c.head_width,
-        rms_norm_eps=1e-5,
-        rope_theta=c.rope_theta,
-        tie_word_embeddings=False,
-        max_position_embeddings=1 << 20,
-    )
-    twin = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
-    weights = ours.state_dict()
-    tied = weights.pop("embed_tokens.weight")
-    weights = {f"model.{name}": value for name, value in weights.items()}
-    twin.load_state_dict(
-        weights | {"model.embed_tokens.weight": tied * c.width**0.5, "lm_head.weight": tied}
-    )
-    return twin
+    return to_transformers(ours).requires_grad_(False)
 
 
 def _last_logits(model: Decoder, ids: Tensor, cache: DenseCache) -> Tensor:
