@@ -37,6 +37,7 @@ from torch.autograd.function import once_differentiable
 
 from corelib.primitives import attention, merge_partials
 from corelib.primitives._checks import check_attention
+from corelib.primitives.partial_gradients import partial_gradients
 from corelib.runtime import all_gather, all_reduce, reduce_scatter
 
 from .shared import check_counts
@@ -219,17 +220,9 @@ def _tiles(k, v, lengths, rank, causal, tile, group) -> Iterator[tuple]:
 
 
 def _gradients(q, k, v, causal, d_out, delta, lse, scale) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients through one partial, of which the result holds the share ``exp(lse_t - lse)``."""
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    if not (q.numel() and k.numel()):
-        return tuple(torch.zeros_like(x, dtype=lse.dtype) for x in leaves)
-    with torch.enable_grad():
-        out_t, lse_t = attention(*leaves, causal=causal, scale=scale, return_lse=True)
-        share = torch.exp(lse_t.detach() - lse)
-        d_lse_t = share * ((d_out * out_t.detach()).sum(-1) - delta)
-        # As a number: given gradients (`grad_outputs`) make torch import sympy, seconds on a rank.
-        inner = (out_t * (share[..., None] * d_out)).sum() + (lse_t * d_lse_t).sum()
-        return tuple(g.to(lse.dtype) for g in torch.autograd.grad(inner, leaves))
+    """One partial's share of the gradients, in the dtype that they are summed in."""
+    grads = partial_gradients(q, k, v, d_out, delta, lse, causal=causal, scale=scale)
+    return tuple(g.to(lse.dtype) for g in grads)
 
 
 class ShardedMultiHeadAttention(nn.Module):
