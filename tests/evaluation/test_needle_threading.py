@@ -269,8 +269,6 @@ def test_errors_name_the_argument():
 @pytest.mark.no_shape_checks
 def test_a_cycle_is_refused():
     question = benchmark("thread", 6).generate(1, seed=0)[0]
-        1, seed=0
-    )[0]
     asked = json.loads(question.query.split("\n")[-1].rstrip(": "))
     with pytest.raises(ValueError, match="text: expected threads that end"):
         needles.solve(json.dumps({asked: "b", "b": asked}), question.query)
