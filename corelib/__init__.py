@@ -23,9 +23,11 @@ _SUBMODULES = (
     "contracts",
     "data",
     "decoding",
+    "diffusion",
     "distributed",
     "evaluation",
     "foundations",
+    "generation",
     "hf",
     "kernels",
     "linear_time",
@@ -39,6 +41,8 @@ _SUBMODULES = (
     "teach",
     "testing",
     "tokenization",
+    "training",
+    "vision_language",
 )
 __all__ = [*_FROM_CATALOG, *_SUBMODULES, "__version__"]
 

@@ -1,0 +1,1 @@
+"""Diffusion language models: a module a paper, named by its slug in the catalog."""

@@ -1,0 +1,1 @@
+"""Training: a module a paper, named by its slug in the catalog."""
