@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from .decoder import DecoderConfig
+from .kinds import find_kind
 from .mixture import Mixture
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """``steps`` batches of ``rows`` sequences of ``length`` tokens, made by ``mixture``.
+    """``steps`` batches of ``rows`` sequences of ``length`` tokens, text made by ``mixture``.
 
     ``guidance``: how much the loss of the two guided heads counts (`guidance.guided_hidden`).
     """
@@ -24,7 +26,8 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A training run. ``kind``: ``"decoder"`` (next token) or ``"encoder"`` (masked tokens).
+    """A training run. ``kind``: one of `kinds.kind_names`, ``config``: the sizes of that kind.
+    ``start``: the released model whose weights it begins with, instead of random ones.
 
     The learning rate rises over ``warmup`` steps, stays, and falls linearly to zero over the last
     ``decay`` of all steps; then again for ``restart`` more steps (a warm restart, Loshchilov &
@@ -33,7 +36,7 @@ class Recipe:
 
     name: str
     kind: str
-    config: DecoderConfig
+    config: Any
     stages: tuple[Stage, ...]
     lr: float = 3e-3
     warmup: int = 30
@@ -41,6 +44,7 @@ class Recipe:
     restart: int = 0
     seed: int = 1
     eval_every: int = 200
+    start: str | None = None
 
     @property
     def steps(self) -> int:
@@ -76,7 +80,7 @@ class Recipe:
 def from_dict(stored: dict) -> Recipe:
     """The recipe that ``dataclasses.asdict`` took apart."""
     parts = dict(stored)
-    parts["config"] = DecoderConfig(**parts["config"])
+    parts["config"] = find_kind(parts["kind"]).config(**parts["config"])
     parts["stages"] = tuple(
         Stage(**{**stage, "mixture": Mixture(**stage["mixture"])}) for stage in parts["stages"]
     )

@@ -4,7 +4,7 @@
     python -m corelib.models.train text_lm --status   # how far it is
 
 Everything is kept in ``build/zoo/NAME/``: ``state.safetensors`` (weights, optimiser, step) and
-``curve.json`` (step, tokens, seconds, training loss, held-out bits per byte).
+``curve.json`` (step, tokens, seconds, training loss, held-out figure of its kind).
 """
 
 from __future__ import annotations
@@ -17,45 +17,16 @@ import pathlib
 import time
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .decoder import Decoder
-from .encoder import Encoder
-from .guidance import guided_hidden
-from .mixture import masked_batch, text_rows, token_stream, training_batch
+from . import zoo
+from .kinds import find_kind
 from .optim import make_optimizers
 from .recipes import RECIPES, Recipe, from_dict
-from .tokenizer import load_tokenizer
 
 BUILD = pathlib.Path("build/zoo")
-KINDS = {"decoder": Decoder, "encoder": Encoder}
-
-
-def weighted_loss(
-    model,
-    ids: Int[Tensor, "B L"],
-    targets: Int[Tensor, "B L"],
-    weights: Float[Tensor, "B L"],
-    guidance: float = 0.0,
-) -> Float[Tensor, ""]:
-    """Mean cross-entropy in nats, by ``weights``, and ``guidance`` times that of two heads.
-
-    Matrices are multiplied in bfloat16. The guide is that of `guidance.guided_hidden`.
-    """
-    guide = 0.0
-    with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-        if guidance:
-            x, guide = guided_hidden(model, ids, targets, weights > 0)
-        else:
-            x = model.hidden(ids)
-        logits = x[weights > 0] @ model.embed_tokens.weight.T
-    nats = F.cross_entropy(logits.float(), targets[weights > 0], reduction="none")
-    known = weights[weights > 0]
-    return (nats * known).sum() / known.sum() + guidance * guide
 
 
 class Trainer:
@@ -63,55 +34,33 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, folder: pathlib.Path):
         self.recipe, self.folder = recipe, pathlib.Path(folder)
-        self.model = KINDS[recipe.kind](recipe.config, seed=recipe.seed)
+        self.kind = find_kind(recipe.kind)
+        self.model = self.kind.build(recipe.config, recipe.seed)
+        if recipe.start is not None:
+            self.model.load_state_dict(zoo.load(recipe.start).state_dict())
         self.optimizers = make_optimizers(self.model, recipe.lr)
-        self.stream = token_stream("train")
         self.done, self.tokens, self.seconds = 0, 0, 0.0
         self.curve: list[dict] = []
         self.state_file = self.folder / "state.safetensors"
 
-    def batch(self, step: int):
-        """The batch of step number ``step``: it depends on the recipe and the number alone."""
-        stage = self.recipe.stage_at(step)
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
-        if self.recipe.kind == "encoder":
-            return masked_batch(self.stream, stage.rows, stage.length, generator)
-        return training_batch(stage.mixture, self.stream, stage.rows, stage.length, generator)
-
     def step(self) -> float:
-        """One update; returns the loss in nats."""
+        """One update; returns the loss."""
         start = time.perf_counter()
-        ids, targets, weights = self.batch(self.done)
+        stage = self.recipe.stage_at(self.done)
+        batch = self.kind.batch(self.recipe, self.done)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.recipe.lr_at(self.done)
             optimizer.zero_grad(set_to_none=True)
-        guidance = self.recipe.stage_at(self.done).guidance
-        loss = weighted_loss(self.model, ids, targets, weights, guidance)
+        loss = self.kind.loss(self.model, batch, stage)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
         self.done += 1
-        self.tokens += ids.numel()
+        self.tokens += stage.rows * stage.length
         self.seconds += time.perf_counter() - start
         return float(loss.detach())
-
-    @torch.no_grad()
-    def held_out(self, rows: int = 24, length: int = 512) -> float:
-        """Bits per byte on fixed stretches of the validation split (masked: bits per token)."""
-        generator = torch.Generator().manual_seed(0)
-        stream = token_stream("valid")
-        if self.recipe.kind == "encoder":
-            ids, targets, weights = masked_batch(stream, rows, length, generator)
-        else:
-            ids, targets = text_rows(stream, rows, length, generator)
-            weights = torch.ones(ids.shape)
-        nats = float(weighted_loss(self.model, ids, targets, weights))
-        per_token = 1.0
-        if self.recipe.kind == "decoder":
-            per_token = load_tokenizer().bytes_of(targets) / targets.numel()
-        return nats / per_token / 0.6931471805599453
 
     def save(self) -> None:
         """Write weights, optimiser state, progress; the old file stays until the new is whole."""
@@ -178,7 +127,7 @@ def run(
             point = {"step": trainer.done, "tokens": trainer.tokens, "length": length}
             point |= {"seconds": round(trainer.seconds)}
             point |= {"loss": round(sum(losses) / len(losses), 4)}
-            point |= {"valid": round(trainer.held_out(), 4)}
+            point |= {"valid": round(trainer.kind.held_out(trainer.model), 4)}
             trainer.curve.append(point)
             losses.clear()
             log(json.dumps(point))

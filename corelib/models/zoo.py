@@ -21,13 +21,13 @@ import pathlib
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
-from .decoder import Decoder, DecoderConfig, generate, sampler
-from .encoder import Encoder
+from .decoder import generate, sampler
+from .kinds import find_kind
 from .tokenizer import load_tokenizer
 
 FOLDER = pathlib.Path(__file__).parent / "checkpoints"
-KINDS = {"decoder": Decoder, "encoder": Encoder}
 
 
 def names(folder: pathlib.Path = FOLDER) -> list[str]:
@@ -47,7 +47,7 @@ def _file(name: str, suffix: str, folder: pathlib.Path) -> pathlib.Path:
 
 def load(
     name: str, *, dtype: torch.dtype = torch.float32, folder: pathlib.Path = FOLDER
-) -> Decoder:
+) -> nn.Module:
     """The model ``name`` in evaluation mode, its parameters frozen, in ``dtype``.
 
     Raises ``FileNotFoundError`` naming the command that trains it.
@@ -55,7 +55,8 @@ def load(
     with safe_open(_file(name, ".safetensors", folder), "pt") as file:
         about = json.loads(file.metadata()["model"])
         weights = {key: file.get_tensor(key).to(dtype) for key in file.keys()}
-    model = KINDS[about["kind"]](DecoderConfig(**about["config"]), seed=None)
+    kind = find_kind(about["kind"])
+    model = kind.build(kind.config(**about["config"]), seed=None)
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -71,7 +72,7 @@ def figures(name: str, folder: pathlib.Path = FOLDER) -> dict:
 
 
 def store(
-    model: Decoder, name: str, kind: str, folder: pathlib.Path, dtype: torch.dtype = torch.float16
+    model: nn.Module, name: str, kind: str, folder: pathlib.Path, dtype: torch.dtype = torch.float16
 ) -> pathlib.Path:
     """Write ``model``'s weights in ``dtype`` with what is needed to build it again."""
     path = pathlib.Path(folder) / f"{name}.safetensors"

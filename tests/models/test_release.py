@@ -7,8 +7,10 @@ import torch
 
 from corelib.models import release, zoo
 from corelib.models.decoder import DecoderConfig
+from corelib.models.kinds import find_kind
 from corelib.models.mixture import Mixture
 from corelib.models.recipes import Recipe, Stage
+from corelib.models.text_kinds import DecoderKind
 from corelib.models.train import Trainer
 
 CONFIG = DecoderConfig(width=16, layers=1, heads=2, kv_heads=1, head_width=8, hidden=24)
@@ -28,7 +30,7 @@ def finished(tmp_path, recipe, steps):
 def test_release_measures_the_stored_model_and_writes_its_card(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(release.RECIPES, "tiny", TINY)
     seen = []
-    monkeypatch.setattr(release, "decoder_figures", lambda m: seen.append(m) or {"a bar": 0.5})
+    monkeypatch.setattr(DecoderKind, "figures", lambda self, m: seen.append(m) or {"a bar": 0.5})
     trainer = finished(tmp_path, TINY, 2)
     path = release.release("tiny", build=tmp_path, folder=tmp_path / "zoo")
     stored = zoo.load("tiny", folder=tmp_path / "zoo")
@@ -57,9 +59,10 @@ def test_an_unfinished_run_is_not_released(tmp_path, monkeypatch):
 
 
 def test_an_encoder_is_measured_on_hidden_tokens(tmp_path):
-    encoder = zoo.KINDS["encoder"](dataclasses.replace(CONFIG, context=512))
+    kind = find_kind("encoder")
+    encoder = kind.build(dataclasses.replace(CONFIG, context=512), 0)
     with torch.no_grad():  # uniform: every logit alike
         encoder.embed_tokens.weight.zero_()
-    found = release.encoder_figures(encoder)
+    found = kind.figures(encoder)
     assert found["nats a hidden token"] == pytest.approx(7.6246, abs=1e-3)
     assert found["hidden tokens right"] < 0.02

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from corelib.data import IGNORE
-from corelib.models import train
+from corelib.models import text_kinds, train, zoo
 from corelib.models.decoder import DecoderConfig
 from corelib.models.mixture import (
     Mixture,
@@ -39,7 +39,7 @@ def short_stream(monkeypatch):
     whole = torch.tensor(
         load_tokenizer().encode("To be, or not to be: that is the question. " * 200)
     )
-    monkeypatch.setattr(train, "token_stream", lambda split: whole)
+    monkeypatch.setattr(text_kinds, "token_stream", lambda split: whole)
 
 
 def gen(seed=0):
@@ -110,6 +110,14 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     assert [point["step"] for point in curve][-1] == 6 and "valid" in curve[-1]
 
 
+def test_a_run_can_begin_with_released_weights(tmp_path):
+    trainer = train.Trainer(
+        dataclasses.replace(RECIPES["draft_lm"], start="draft_lm"), tmp_path / "x"
+    )
+    for a, b in zip(trainer.model.parameters(), zoo.load("draft_lm").parameters(), strict=True):
+        assert torch.equal(a, b) and a.requires_grad
+
+
 def test_training_lowers_the_loss(tmp_path):
     recipe = dataclasses.replace(TINY, stages=(Stage(32, 8, 30, Mixture(0.0, 0.0, 0.0)),))
     trainer = train.Trainer(recipe, tmp_path)
@@ -134,8 +142,9 @@ def test_recipes():
     for recipe in RECIPES.values():
         assert from_dict(json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe
         assert recipe.lr_at(recipe.steps - 1) < 0.02 * recipe.lr
-        assert max(stage.length for stage in recipe.stages) == recipe.config.context
-        assert recipe.config.vocab == load_tokenizer().vocab
+        if isinstance(recipe.config, DecoderConfig):
+            assert max(stage.length for stage in recipe.stages) == recipe.config.context
+            assert recipe.config.vocab == load_tokenizer().vocab
         assert sum(s.steps * s.rows * s.length for s in recipe.stages) == recipe.tokens
     assert TINY.stage_at(2) is TINY.stages[0] and TINY.stage_at(3) is TINY.stages[1]
     with pytest.raises(ValueError, match="step: expected 0 to 5"):
