@@ -33,6 +33,8 @@ this is the plain ring. Oracle: dense attention; the schedule, against all pairs
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -40,6 +42,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from .block_attention import Kept, OutMaybeLse, block_attention, block_attention_reference
 from .shared import Pair, Schedule, borrowed_from, check_ranks, place_in, ring_schedule
@@ -105,13 +108,39 @@ def remat_aware_checkpoint(
     outputs and log-sum-exps of attention are held until the backward pass; it recomputes the rest,
     and attention runs once (``kept.attended`` counts), not twice.
     """
-    from contextlib import nullcontext
-
-    from torch.utils.checkpoint import checkpoint
-
     kept = Kept() if kept is None else kept
-    contexts = lambda: (nullcontext(), kept.replaying())  # noqa: E731
-    return checkpoint(block, x, kept, use_reentrant=False, context_fn=contexts)
+    return _recomputed(lambda x: block(x, kept), x, kept.replaying)
+
+
+def layer_checkpoint(
+    block: Callable[[Tensor, Kept], Tensor], x: Tensor, kept: Kept | None = None
+) -> Tensor:
+    """The usual checkpoint, to compare with: only ``x`` is held, and attention runs once more."""
+    kept = Kept() if kept is None else kept
+    return _recomputed(lambda x: block(x, kept), x, contextlib.nullcontext)
+
+
+def _recomputed(block: Callable[[Tensor], Tensor], x: Tensor, again: Callable) -> Tensor:
+    """``block(x)``; what autograd wants of it is made a second time, within ``again()``.
+
+    As ``torch.utils.checkpoint``, which imports torch's compiler first (five seconds of a core, on
+    every rank) and also restores random states; here ``block`` must not draw random numbers.
+    """
+    saved, numbers = {}, itertools.count()
+
+    def recompute() -> None:
+        places = itertools.count()
+        keep = lambda tensor: saved.__setitem__(next(places), tensor.detach())  # noqa: E731
+        with torch.enable_grad(), again(), saved_tensors_hooks(keep, lambda _: None):
+            block(x.detach().requires_grad_(x.requires_grad))
+
+    def unpack(number: int) -> Tensor:
+        if number not in saved:
+            recompute()
+        return saved.pop(number)
+
+    with saved_tensors_hooks(lambda _: next(numbers), unpack):
+        return block(x)
 
 
 def bytes_sent(

@@ -16,6 +16,7 @@ from corelib.distributed.lightseq import (
     dist_flash_attention_reference,
     example,
     idle_slots,
+    layer_checkpoint,
     remat_aware_checkpoint,
 )
 from corelib.distributed.shared import Pair, borrowed_from, ring_schedule
@@ -60,13 +61,12 @@ def test_the_layer_and_its_weights(groups, kit, P):
     kit.assert_layer_equals_one_process(groups, P, dist_flash_attention, True, 4 * P)
 
 
-@pytest.mark.slow  # torch's checkpoint imports its compiler, on every rank
 def test_a_checkpoint_behind_attention_attends_once(groups):
     """Same gradients as without checkpoints; forward traffic once, not twice."""
     P = 2
 
     def on_rank(rank, group, pieces, weight, how):
-        from torch.utils.checkpoint import checkpoint
+        import sys
 
         from corelib.distributed.block_attention import Kept
         from corelib.runtime import count_traffic
@@ -85,10 +85,12 @@ def test_a_checkpoint_behind_attention_attends_once(groups):
             if how == "plain":
                 y = block(x, kept)
             elif how == "usual":
-                y = checkpoint(block, x, kept, use_reentrant=False)
+                y = layer_checkpoint(block, x, kept)
             else:
                 y = remat_aware_checkpoint(block, x, kept)
             y.square().sum().backward()
+        # torch's compiler takes seconds to import, on every rank
+        assert "torch._dynamo" not in sys.modules
         return (y, x.grad, weight.grad), kept.attended, traffic.total
 
     generator = torch.Generator().manual_seed(0)
