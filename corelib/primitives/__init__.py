@@ -52,6 +52,7 @@ from .rope import (
     yarn_attention_factor,
     yarn_frequencies,
 )
+from .selective_scan import selective_scan, selective_scan_reference
 from .varlen import (
     cumulative_lengths,
     pack,
@@ -101,6 +102,8 @@ __all__ = [
     "rope_frequencies",
     "rope_half_split",
     "rope_interleaved",
+    "selective_scan",
+    "selective_scan_reference",
     "sequence_ids",
     "top_blocks",
     "two_sided_fft_conv",
