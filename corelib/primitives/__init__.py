@@ -53,6 +53,7 @@ from .rope import (
     yarn_frequencies,
 )
 from .selective_scan import selective_scan, selective_scan_reference
+from .ssd import ssd_chunked, ssd_reference
 from .varlen import (
     cumulative_lengths,
     pack,
@@ -105,6 +106,8 @@ __all__ = [
     "selective_scan",
     "selective_scan_reference",
     "sequence_ids",
+    "ssd_chunked",
+    "ssd_reference",
     "top_blocks",
     "two_sided_fft_conv",
     "unpack",
