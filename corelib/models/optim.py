@@ -64,5 +64,5 @@ def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for embeddings and norms."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
-        (matrices if p.dim() == 2 and name.startswith("layers.") else rest).append(p)
+        (matrices if p.dim() == 2 and ".layers." in f".{name}" else rest).append(p)
     return [Muon(matrices, lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0)]
