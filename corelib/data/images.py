@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib
-from types import ModuleType
+import importlib.util
+import pathlib
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
@@ -15,14 +16,15 @@ PHOTOGRAPHS = ("china", "flower")
 DIGIT_SPLITS = {"train": (0, 1200), "valid": (1200, 1400), "test": (1400, 1797)}
 
 
-def _datasets() -> ModuleType:
-    try:
-        return importlib.import_module("sklearn.datasets")
-    except ImportError as error:
+def _datasets() -> pathlib.Path:
+    """The folder of scikit-learn's data: importing the library would take seconds."""
+    found = importlib.util.find_spec("sklearn")
+    if found is None:
         raise ModuleNotFoundError(
             "the images come with scikit-learn, which is not installed; "
             "bring it with: pip install scikit-learn"
-        ) from error
+        )
+    return pathlib.Path(found.submodule_search_locations[0]) / "datasets"
 
 
 def digits(split: str) -> tuple[Float[Tensor, "N 8 8"], Int[Tensor, " N"]]:
@@ -41,10 +43,10 @@ def digits(split: str) -> tuple[Float[Tensor, "N 8 8"], Int[Tensor, " N"]]:
 
 @functools.cache
 def _shuffled_digits() -> tuple[Tensor, Tensor]:
-    bunch = _datasets().load_digits()
-    order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
-    images = torch.from_numpy(bunch.images).float() / 16
-    return images[order], torch.from_numpy(bunch.target).long()[order]
+    table = np.loadtxt(_datasets() / "data" / "digits.csv.gz", delimiter=",", dtype=np.int64)
+    rows = torch.from_numpy(table)  # 64 grey levels from 0 to 16, then the digit
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    return rows[:, :64].view(-1, 8, 8).float() / 16, rows[:, 64].clone()
 
 
 def photograph(name: str) -> UInt8[Tensor, "427 640 3"]:
@@ -54,7 +56,10 @@ def photograph(name: str) -> UInt8[Tensor, "427 640 3"]:
     """
     if name not in PHOTOGRAPHS:
         raise ValueError(f"name: expected one of {PHOTOGRAPHS}, got {name!r}")
-    return torch.from_numpy(_datasets().load_sample_image(f"{name}.jpg").copy())
+    from PIL import Image
+
+    with Image.open(_datasets() / "images" / f"{name}.jpg") as image:
+        return torch.from_numpy(np.array(image))
 
 
 def upsample(images: Float[Tensor, "N R R"], side: int) -> Float[Tensor, "N side side"]:

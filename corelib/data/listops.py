@@ -18,13 +18,16 @@ import torch
 
 from .labelled import PAD, LabelledBatch, pad_rows, python_random
 
-OPERATORS: dict[str, Callable[[Sequence[int]], int]] = {
+Operator = Callable[[Sequence[int]], int]
+OPERATORS: dict[str, Operator] = {
     "[MIN": min,
     "[MAX": max,
     "[MED": lambda values: int(statistics.median(values)),
     "[SM": lambda values: sum(values) % 10,
 }
+FUNCTIONS = tuple(OPERATORS.values())
 TOKENS = ("<pad>", *map(str, range(10)), *OPERATORS, "]")
+FIRST_DIGIT, FIRST_OPERATOR, CLOSE = TOKENS.index("0"), TOKENS.index("[MIN"), TOKENS.index("]")
 OPERATOR_SHARE = 0.25
 
 
@@ -68,27 +71,36 @@ def listops(
 
 def _expression(depth: int, args: int, room: int, random: random.Random) -> tuple[list[int], int]:
     """One expression and its value; an empty one where the draw grows beyond ``room`` tokens."""
+    uniform, bits = random.random, random.getrandbits
     row: list[int] = []
-    lists: list[tuple[str, int, list[int]]] = []  # those not closed yet: operator, size, values
+    lists: list[tuple[Operator, int, list[int]]] = []  # those not closed yet: what, size, values
     while len(row) <= room:
-        if len(lists) + 1 < depth and random.random() <= OPERATOR_SHARE:
-            operator = random.choice(list(OPERATORS))
-            lists.append((operator, random.randint(2, args), []))
-            row.append(TOKENS.index(operator))
+        if len(lists) + 1 < depth and uniform() <= OPERATOR_SHARE:
+            which = _below(len(FUNCTIONS), bits)
+            lists.append((FUNCTIONS[which], 2 + _below(args - 1, bits), []))
+            row.append(FIRST_OPERATOR + which)
             continue
-        value = random.randrange(10)
-        row.append(TOKENS.index("0") + value)
+        value = _below(10, bits)
+        row.append(FIRST_DIGIT + value)
         while lists:
-            operator, size, values = lists[-1]
+            function, size, values = lists[-1]
             values.append(value)
             if len(values) < size:
                 break
             lists.pop()
-            row.append(TOKENS.index("]"))
-            value = OPERATORS[operator](values)
+            row.append(CLOSE)
+            value = function(values)
         else:
             return row, value
     return [], 0
+
+
+def _below(n: int, bits: Callable[[int], int]) -> int:
+    """Uniform from 0 to ``n - 1``: `random.randrange` without its checks, which cost most of it."""
+    width = n.bit_length()
+    while (drawn := bits(width)) >= n:
+        pass
+    return drawn
 
 
 def longest(depth: int, args: int) -> int:

@@ -55,6 +55,6 @@ def test_errors_name_what_is_wrong(monkeypatch):
         photograph("paris")
     with pytest.raises(ValueError, match="side: expected at least 1, got 0"):
         upsample(torch.zeros(1, 8, 8), 0)
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ModuleNotFoundError, match="pip install scikit-learn"):
         photograph("china")
