@@ -12,7 +12,8 @@ owner. No rank ever holds a row of scores, nor keys of more than two other ranks
 
 `ring_attention` is the ring with online softmax (Liu et al., arXiv 2310.01889), whose early ranks
 idle under a causal mask; `zigzag_ring_attention` evens that out by giving every rank an early and a
-late piece (the striped order of arXiv 2311.09431, coarse). Both are baselines of the papers here.
+late piece (the striped order of arXiv 2311.09431, coarse). Both are baselines of the papers here,
+as is `gathered_attention`, which needs no blocks: gather all keys first.
 Exact, forward and backward. All stretches have one length.
 """
 
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from corelib.primitives import attention, merge_partials
 from corelib.primitives._checks import check_attention
+from corelib.runtime import all_gather
 
 from ._block_ranks import Blocks, Kept
 from .shared import Pair, Schedule, place_in, ring_schedule, stretches
@@ -150,3 +152,25 @@ def zigzag_ring_attention(
     cut = zigzag_halves if causal else whole_stretches
     options = dict(causal=causal, cut=cut, scale=scale, group=group, return_lse=return_lse)
     return block_attention(q, k, v, schedule, **options)
+
+
+def gathered_attention(
+    q: Float[Tensor, "B H n D"],
+    k: Float[Tensor, "B G n D"],
+    v: Float[Tensor, "B G n V"],
+    *,
+    causal: bool,
+    scale: Real | None = None,
+    group: Any = None,
+    return_lse: bool = False,
+) -> OutMaybeLse:
+    """No schedule at all: every rank gathers all keys and values, then attends with its queries.
+
+    As in the training of Llama 3 (arXiv 2407.21783): simple and, with few key/value heads, cheap to
+    send; but every rank holds all keys, and under a causal mask the last rank has the most to do.
+    """
+    check_attention(q, k, v, None, 0, scale)
+    rank, ranks = place_in(group)
+    seen = (rank + 1 if causal else ranks) * q.shape[2]
+    keys, values = (all_gather(x, 2, group)[:, :, :seen] for x in (k, v))
+    return attention(q, keys, values, causal=causal, scale=scale, return_lse=return_lse)

@@ -7,6 +7,7 @@ import torch
 
 from corelib.distributed.block_attention import (
     block_attention_reference,
+    gathered_attention,
     ring_attention,
     zigzag_halves,
     zigzag_ring_attention,
@@ -25,6 +26,16 @@ def test_ring_equals_one_process(groups, kit, P, causal):
     schedule = ring_schedule(P, causal=causal)
     wanted = bytes_sent(schedule, 3, B=2, H=4, G=2, D=4, itemsize=8)
     assert [(there, back) for _, there, back in results] == wanted
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gathered_keys_equal_one_process(groups, kit, causal):
+    P, n = 3, 3
+    tensors = kit.inputs(n * P, V=4)
+    results = groups.train(P, gathered_attention, tensors, causal=causal)
+    kit.assert_equal_one_process(results, tensors, causal)
+    wanted = 2 * (P - 1) * 2 * 2 * n * 4 * 8  # all keys and values; and their gradients home
+    assert [(there, back) for _, there, back in results] == [(wanted, wanted)] * P
 
 
 @pytest.mark.parametrize("causal", [True, False])
