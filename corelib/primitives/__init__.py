@@ -53,6 +53,7 @@ from .rope import (
     yarn_frequencies,
 )
 from .selective_scan import selective_scan, selective_scan_reference
+from .short_conv import causal_short_conv
 from .ssd import ssd_chunked, ssd_reference
 from .varlen import (
     cumulative_lengths,
@@ -76,6 +77,7 @@ __all__ = [
     "block_density",
     "block_sparse_attention",
     "block_sparse_attention_reference",
+    "causal_short_conv",
     "cumulative_lengths",
     "direct_conv_reference",
     "dynamic_ntk_frequencies",
