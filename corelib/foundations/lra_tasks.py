@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
@@ -41,7 +41,12 @@ class Task:
         """``n`` examples of a split (of the digits at most all), the same for the same seed."""
         if split not in SEEDS:
             raise ValueError(f"split: expected one of {tuple(SEEDS)}, got {split!r}")
-        return self.draw(n, split, torch.Generator().manual_seed(2 * seed + SEEDS[split]))
+        return LabelledBatch(*(part.clone() for part in _drawn(self, n, split, seed)))
+
+
+@lru_cache(maxsize=8)  # every contestant of a race asks for the same examples
+def _drawn(task: Task, n: int, split: str, seed: int) -> LabelledBatch:
+    return task.draw(n, split, torch.Generator().manual_seed(2 * seed + SEEDS[split]))
 
 
 def _listops(n, split, generator, low, high):
