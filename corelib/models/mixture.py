@@ -38,6 +38,7 @@ class Mixture:
     mqar: float = 0.08
     repeats: float = 0.04
     repeated_text: float = 0.25  # of the repeats: real text instead of random ids
+    most_keys: int = 3  # hidden in one pass-key row, and asked for
     answer_weight: float = 4.0
 
 
@@ -56,8 +57,8 @@ def _log_uniform(low: int, high: int, generator: torch.Generator) -> int:
     return round(low * (high / low) ** draw)
 
 
-def _passkey_rows(stream, tokenizer: Tokenizer, rows, length, generator) -> TaskBatch:
-    keys = int(torch.randint(1, 4, (1,), generator=generator))
+def _passkey_rows(stream, tokenizer: Tokenizer, rows, length, generator, most) -> TaskBatch:
+    keys = int(torch.randint(1, most + 1, (1,), generator=generator))
     return synthetic.passkey(
         rows, length, haystack=stream, encode=tokenizer.encode, generator=generator, keys=keys
     )
@@ -104,7 +105,8 @@ def training_batch(
         batch = text_rows(stream, n_text, length, generator)
         parts.append((*batch, torch.ones(n_text, length)))
     if n_pass:
-        batch = _passkey_rows(stream, tokenizer, n_pass, length, generator)
+        most = mixture.most_keys
+        batch = _passkey_rows(stream, tokenizer, n_pass, length, generator, most)
         following = torch.cat([batch.ids[:, 1:], batch.targets[:, -1:]], 1)
         parts.append((batch.ids, following, _weights(batch.targets, mixture.answer_weight, 1.0)))
     if n_mqar:
