@@ -60,8 +60,9 @@ def computed_scores(
     (B, H, L, _), S = q.shape, k.shape[2]
     kind, first, second = pattern
     if kind == "a_shape":
-        kept = visible_keys(L, S, causal=True, window=second, sinks=first).sum()
-        return kept.to(q.device).expand(B, H)
+        seen = torch.arange(S - L + 1, S + 1, device=q.device).clamp(min=0)  # keys up to a query
+        kept = seen.clamp(max=second) + (seen - second).clamp(min=0, max=first)
+        return kept.sum().expand(B, H)
     if kind == "block_sparse":
         return choose_blocks(q, k, first, block=block, scale=scale).counts.sum(-1) * block**2
     sums = estimate_vertical_slash(q, k, last=last, scale=scale)

@@ -186,6 +186,15 @@ def test_costs_count_what_the_kernel_computes():
         assert int(computed_scores(q, k, vertical_slash(3, 2), **options)[0, h]) == tiles
 
 
+@pytest.mark.parametrize("L, S", [(1, 1), (20, 20), (7, 30), (9, 5)])
+def test_the_cost_of_an_a_shape_is_what_it_sees(L, S):
+    q, k, _ = random_inputs(1, 2, 1, L, S)
+    for sinks, window in ((1, 1), (3, 4), (2, 50), (50, 2), (0, 6)):
+        visible = visible_keys(L, S, causal=True, window=window, sinks=sinks)
+        found = computed_scores(q, k, a_shape(sinks, window))
+        assert found.tolist() == [[visible.sum()] * 2], (sinks, window)
+
+
 def test_a_lone_slash_costs_a_tile_and_a_column_a_key():
     heads = planted_heads(["vertical_slash"], 512, seed=1)
     pair = heads.q, heads.k
