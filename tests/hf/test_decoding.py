@@ -1,0 +1,53 @@
+"""Decoders of ours on models of transformers write what transformers' own greedy search writes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from corelib import hf  # noqa: E402
+from corelib.decoding.aggressive_decoding import input_guided_decode  # noqa: E402
+from corelib.models.cache import DenseCache  # noqa: E402
+
+SIZES = dict(
+    vocab_size=60,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=0,
+)
+
+
+def random_model(family, seed=0):
+    """Float64; weights of deviation 0.2, so that its greedy text does not repeat one token."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(**SIZES, initializer_range=0.2)
+    return getattr(transformers, f"{family}ForCausalLM")(config).double().eval()
+
+
+def prompt(length, seed=0):
+    return torch.randint(1, 60, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def written_by(model, ids, new):
+    options = dict(do_sample=False, attention_mask=torch.ones_like(ids))
+    return model.generate(ids, max_new_tokens=new, **options)[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.method("aggressive_decoding")
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_input_guided_decoding_writes_what_transformers_does(family):
+    model, ids = random_model(family), prompt(6)
+    written = written_by(model, ids, 16)
+    assert len(set(written)) > 6
+    model, source = hf.LanguageModel(model), [*written[:9], 3, *written[10:]]
+    for cache in (None, DenseCache()):
+        report = input_guided_decode(model, ids, source, 16, cache=cache)
+        assert report.tokens == written and report.target_calls < 16
