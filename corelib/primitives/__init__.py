@@ -27,6 +27,7 @@ from .block_sparse import (
     block_sparse_attention,
     block_sparse_attention_reference,
 )
+from .diagonal_scan import block_scan, diagonal_scan, scan_reference
 from .discretise import (
     bilinear,
     bilinear_diagonal,
@@ -77,8 +78,10 @@ __all__ = [
     "block_density",
     "block_sparse_attention",
     "block_sparse_attention_reference",
+    "block_scan",
     "causal_short_conv",
     "cumulative_lengths",
+    "diagonal_scan",
     "direct_conv_reference",
     "dynamic_ntk_frequencies",
     "fft_conv",
@@ -105,6 +108,7 @@ __all__ = [
     "rope_frequencies",
     "rope_half_split",
     "rope_interleaved",
+    "scan_reference",
     "selective_scan",
     "selective_scan_reference",
     "sequence_ids",
