@@ -19,3 +19,9 @@ def test_a_grid_that_does_not_fit_its_names_is_a_clear_error():
         figures.count_grid(
             [[1, 2], [3, 4]], rows=["a"], columns=["x", "y"], title="t", xlabel="x", ylabel="y"
         )
+
+
+def test_several_grids_share_a_scale():
+    look = dict(rows=["a"], columns=["x", "y"], title="t", xlabel="x", ylabel="y")
+    grids = [figures.count_grid([[1, 1]], **look, largest=n) for n in (1, 4)]
+    assert [grid.axes[0].images[0].get_clim()[1] for grid in grids] == [1, 4]

@@ -20,6 +20,7 @@ def count_grid(
     title: str,
     xlabel: str,
     ylabel: str,
+    largest: float | None = None,
     ax: Any = None,
 ) -> Figure:
     """Whole numbers ``(rows, columns)`` as squares: darker is more, and zeros stay empty.
@@ -29,12 +30,13 @@ def count_grid(
         rows, columns: their names, from the top and from the left.
         title: what is counted.
         xlabel, ylabel: what columns and rows are.
+        largest: the count of the darkest colour, to compare several grids.
         ax: axes to draw into.
     """
     values = matrix(counts, "counts").astype(float)
     if values.shape != (len(rows), len(columns)):
         raise ValueError(f"counts must be {(len(rows), len(columns))}, got {values.shape}")
-    top = max(values.max(), 1.0)
+    top = max(values.max() if largest is None else largest, 1.0)
     with paper():
         ax = axes_or_new(ax, (6.4, 1.4 + 0.3 * len(rows)))
         shown = np.where(values > 0, values, np.nan)
@@ -42,7 +44,7 @@ def count_grid(
         _borders(ax, values.shape, 1, PAPER, 2.0)
         for (row, column), value in np.ndenumerate(values):
             if value:
-                light = _lightness(SEQUENTIAL(value / top)) > 0.55
+                light = _lightness(SEQUENTIAL(min(value / top, 1.0))) > 0.55
                 colour = INK if light else "white"
                 ax.text(
                     column, row, f"{value:.0f}", ha="center", va="center", color=colour, zorder=3
