@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 _WHERE = {
     "decoder": "text_kinds.DecoderKind",
     "encoder": "text_kinds.EncoderKind",
+    "frames": "dit_kinds.FrameKind",
+    "grids": "dit_kinds.GridKind",
+    "masked_diffusion": "masked_diffusion.MaskedDiffusionKind",
+    "vlm": "vlm_kind.VLMKind",
 }
 
 

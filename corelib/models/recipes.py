@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..generation.gridit import GridConfig, SRConfig
 from .decoder import DecoderConfig
 from .kinds import find_kind
 from .mixture import Mixture
+from .vlm import VLMConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,7 @@ COPYING_FIRST = Mixture(passkey=0.0, mqar=0.20, repeats=0.40)
 COPYING_STAYS = Mixture(passkey=0.10, mqar=0.10, repeats=0.10)
 LOOKING_FAR = Mixture(passkey=0.30, mqar=0.06, repeats=0.04)
 KEYS_AGAIN = Mixture(passkey=0.50, mqar=0.04, repeats=0.02)
+MANY_KEYS = Mixture(passkey=0.45, mqar=0.06, repeats=0.03, most_keys=8)
 
 RECIPES = {
     recipe.name: recipe
@@ -113,6 +116,17 @@ RECIPES = {
             restart=240,
         ),
         Recipe(
+            "text_lm_recall",
+            "decoder",
+            DecoderConfig(qkv_bias=True),
+            (Stage(512, 16, 220, MANY_KEYS), Stage(2048, 4, 200, MANY_KEYS)),
+            lr=1e-3,
+            decay=0.7,
+            seed=4,
+            eval_every=60,
+            start="text_lm",
+        ),
+        Recipe(
             "draft_lm",
             "decoder",
             DecoderConfig(
@@ -132,6 +146,27 @@ RECIPES = {
             DecoderConfig(width=192, layers=4, heads=3, kv_heads=3, hidden=512, context=1024),
             (Stage(256, 16, 1000), Stage(1024, 4, 250)),
             seed=3,
+        ),
+        Recipe("grid_dit", "grids", GridConfig(), (Stage(64, 32, 1600),), decay=0.5, seed=4),
+        Recipe("frame_sr", "frames", SRConfig(), (Stage(36, 64, 500),), decay=0.5, seed=5),
+        Recipe(
+            "text_dlm",
+            "masked_diffusion",
+            DecoderConfig(qkv_bias=True, context=512),
+            (Stage(256, 16, 640), Stage(512, 8, 200)),
+            lr=2e-3,
+            decay=0.3,
+            seed=4,
+            start="text_lm",
+        ),
+        Recipe(
+            "tiny_vlm",
+            "vlm",
+            VLMConfig(),
+            (Stage(229, 16, 460, guidance=0.5), Stage(229, 16, 180)),
+            decay=0.35,
+            seed=6,
+            eval_every=80,
         ),
     )
 }
