@@ -163,7 +163,7 @@ RECIPES = {
             "tiny_vlm",
             "vlm",
             VLMConfig(),
-            (Stage(229, 16, 460, guidance=0.5), Stage(229, 16, 180)),
+            (Stage(229, 16, 560, guidance=0.5), Stage(229, 16, 240)),
             decay=0.35,
             seed=6,
             eval_every=80,
