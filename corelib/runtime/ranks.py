@@ -26,6 +26,8 @@ import cloudpickle
 import torch
 
 GRACE = 2.0  # seconds for the other ranks' errors to arrive after the first one
+# Seconds to start: a busy machine takes long to import torch, and that is no fault of the function.
+START = 300.0
 # Stands in the error of a rank that failed only because another one went away.
 _LOST_PEER = "gloo/transport/"
 
@@ -47,7 +49,8 @@ class Ranks:
 
     Args:
         size: how many ranks, at least 1.
-        timeout: seconds that one call, and any single collective inside it, may take.
+        timeout: seconds that one call, and any single collective inside it, may take. Starting
+            the processes, before the first call, has a limit of its own.
         backend: ``"gloo"``, ``"nccl"``, or None for NCCL when there is a GPU for every rank.
     """
 
@@ -58,7 +61,7 @@ class Ranks:
             raise ValueError(f"timeout: expected seconds above 0, got {timeout}")
         if backend not in (None, "gloo", "nccl"):
             raise ValueError(f"backend: expected 'gloo', 'nccl' or None, got {backend!r}")
-        self.size, self.timeout = size, timeout
+        self.size, self.timeout, self._started = size, timeout, False
         if backend is None:
             backend = "nccl" if torch.cuda.device_count() >= size else "gloo"
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
@@ -87,20 +90,30 @@ class Ranks:
         if not self._processes:
             raise RuntimeError("these ranks have been stopped")
         task = cloudpickle.dumps((fn, args))
+        self._await_start()
         for pipe in self._pipes:
             with contextlib.suppress(OSError):  # a rank that died is named below
                 pipe.send_bytes(task)
+        answers = self._collect(self.timeout)
+        return [answers[rank] for rank in range(self.size)]
+
+    def _await_start(self) -> None:
+        if not self._started:
+            self._collect(START)
+            self._started = True
+
+    def _collect(self, limit: float) -> dict[int, Any]:
+        """One answer of every rank within ``limit`` seconds; else the ranks are stopped."""
         try:
-            answers = self._collect()
+            return self._answers(limit)
         except BaseException:
             self.close(kill=True)
             raise
-        return [answers[rank] for rank in range(self.size)]
 
-    def _collect(self) -> dict[int, Any]:
+    def _answers(self, limit: float) -> dict[int, Any]:
         answers: dict[int, Any] = {}
         errors: dict[int, str] = {}
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + limit
         while len(answers) + len(errors) < self.size:
             open_ = {self._pipes[r]: r for r in range(self.size) if r not in answers | errors}
             ready = wait(list(open_), timeout=max(0.0, deadline - time.monotonic()))
@@ -121,7 +134,7 @@ class Ranks:
         if len(answers) < self.size:
             silent = [rank for rank in range(self.size) if rank not in answers]
             raise RankError(
-                silent[0], f"rank {silent[0]} gave no answer within {self.timeout:g} s"
+                silent[0], f"rank {silent[0]} gave no answer within {limit:g} s"
                 + (f" (nor did {silent[1:]})" if silent[1:] else ""),
             )  # fmt: skip
         return answers
@@ -184,6 +197,8 @@ def _serve(rank: int, size: int, backend: str, meeting: str, timeout: float, pip
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    with contextlib.suppress(OSError):  # stopped before it started
+        pipe.send_bytes(cloudpickle.dumps((True, "started")))
     joined = False
     while True:
         try:
