@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
 from ..primitives import (
@@ -89,7 +89,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B L C"],
-        positions: Int[Tensor, "*b L"],
+        positions: Real[Tensor, "*b L"],
         frequencies: Float[Tensor, " pairs"],
         cache=None,
         layer: int = 0,

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ..data import digit_canvas as canvas
 from .recipes import Recipe, Stage
 from .text_kinds import step_generator
-from .vlm import TinyVLM, VLMConfig, answer_loss, read_answers, text_room
+from .vlm import TinyVLM, VLMConfig
+from .vlm_training import answer_loss, read_answers, text_room
 
 
 class VLMKind:

@@ -28,6 +28,7 @@ from .block_sparse import (
     block_sparse_attention_reference,
 )
 from .diagonal_scan import block_scan, diagonal_scan, scan_reference
+from .column_sums import attention_column_sums, attention_column_sums_reference
 from .discretise import (
     bilinear,
     bilinear_diagonal,
@@ -71,6 +72,8 @@ __all__ = [
     "BlockLists",
     "Mask",
     "attention",
+    "attention_column_sums",
+    "attention_column_sums_reference",
     "attention_recall",
     "attention_reference",
     "bilinear",

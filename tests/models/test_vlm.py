@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from corelib.data import digit_canvas as canvas
-from corelib.models import vlm, zoo
+from corelib.models import vlm_training, zoo
 from corelib.models.cache import DenseCache
 from corelib.models.decoder import Decoder
 from corelib.models.kinds import Kind, find_kind
 from corelib.models.recipes import Recipe, Stage
-from corelib.models.vlm import TinyVLM, VLMConfig, answer_loss, read_answers, side_by_side
+from corelib.models.vlm import TinyVLM, VLMConfig
 from corelib.models.vlm_kind import questions_of
+from corelib.models.vlm_training import answer_loss, read_answers, side_by_side
 
 SMALL = VLMConfig(
     width=32, layers=3, heads=4, kv_heads=2, head_width=8, hidden=32, rows=4, columns=5,
@@ -85,7 +86,7 @@ def test_looks_are_one_heads_attention_at_the_question_mark(model, monkeypatch):
     from corelib.models.evaluate import AttentionRecorder
 
     canvases, asked = drawn(each=2)
-    monkeypatch.setattr(vlm, "GUIDED_LAYER", 1)
+    monkeypatch.setattr(vlm_training, "GUIDED_LAYER", 1)
     found = read_answers(model, canvases.images.double(), asked)
     recorder = AttentionRecorder()
     ids = torch.cat([torch.full((2, 1), canvas.START), asked.ids[:, 1]], 1)
@@ -94,7 +95,7 @@ def test_looks_are_one_heads_attention_at_the_question_mark(model, monkeypatch):
     torch.testing.assert_close(found.looks[:, 1, :21].exp(), wanted.float(), atol=1e-5, rtol=1e-4)
     seen = (wanted[:, 1:] * asked.evidence[:, 1]).sum(1)
     some = asked.evidence[:, 1].any(1)
-    loss = vlm.missed_evidence(found.looks[:, 1:2], asked.evidence[:, 1:2])
+    loss = vlm_training.missed_evidence(found.looks[:, 1:2], asked.evidence[:, 1:2])
     torch.testing.assert_close(loss, -seen[some].log().mean().float(), atol=1e-5, rtol=1e-4)
 
 
