@@ -27,8 +27,8 @@ from .block_sparse import (
     block_sparse_attention,
     block_sparse_attention_reference,
 )
-from .diagonal_scan import block_scan, diagonal_scan, scan_reference
 from .column_sums import attention_column_sums, attention_column_sums_reference
+from .diagonal_scan import block_scan, diagonal_scan, scan_reference
 from .discretise import (
     bilinear,
     bilinear_diagonal,
