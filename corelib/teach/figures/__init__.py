@@ -14,9 +14,11 @@ from .curves import lines, race_plot
 from .gallery import matrix_gallery
 from .grid import count_grid
 from .heat import attention_map, mask_plot, state_heatmap
+from .patches import patch_grid
 from .roof import roofline_plot
 from .show import show
 from .timeline import timeline
+from .tokens import token_intervals
 
 __all__ = [
     "KernelCard",
@@ -30,9 +32,11 @@ __all__ = [
     "mask_plot",
     "matrix_gallery",
     "paper",
+    "patch_grid",
     "race_plot",
     "roofline_plot",
     "show",
     "state_heatmap",
     "timeline",
+    "token_intervals",
 ]
