@@ -9,8 +9,8 @@ it had in the whole prompt, and each layer's cache holds only the tokens that en
 ``frequencies``, ``norm``, ``embed(ids)`` and ``logits(x)``: `corelib.models.vlm.TinyVLM`, or your
 own. ``cache`` is any empty key/value cache of the contract (`corelib.contracts.KVCache`).
 
-Pruners that other papers compare with: `fastv` (arXiv 2403.06764: once, after the second layer, by
-the attention of the last token), `at_random`; before the decoder, `pool` (2 by 2 means).
+What other papers compare with: `fastv` (arXiv 2403.06764: once, after the second layer, by the
+attention of the last token); before the decoder, `pool` (means of squares) and `thin` (by lot).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -61,27 +62,13 @@ class Prompt:
 
 
 def make_prompt(
-    before: Float[Tensor, "B P C"],
-    vision: Float[Tensor, "B n C"],
-    after: Float[Tensor, "B M C"],
-    *,
-    places: Tensor | None = None,
-    total: int | None = None,
+    before: Float[Tensor, "B P C"], vision: Float[Tensor, "B n C"], after: Float[Tensor, "B M C"]
 ) -> Prompt:
-    """A prompt from embedded text, vision tokens and embedded text.
-
-    places: ``(B, n)``, where on the line of all ``total`` vision tokens each stands, if not all are
-        there (integers; means of places where tokens were pooled).
-    """
-    B, n = vision.shape[:2]
-    if places is None:
-        places = torch.arange(n, device=vision.device).expand(B, n)
-    total = n if total is None else total
-    P, end = before.shape[1], before.shape[1] + total + after.shape[1]
-    line = torch.arange(end, device=vision.device, dtype=places.dtype).expand(B, end)
-    positions = torch.cat([line[:, :P], places + P, line[:, P + total :]], 1)
+    """A prompt from embedded text, vision tokens and embedded text."""
     x = torch.cat([before, vision, after], 1)
-    return Prompt(x, positions, places.long(), P, end)
+    B, L = x.shape[:2]
+    line = torch.arange(L, device=x.device).expand(B, L)
+    return Prompt(x, line, line[:, : vision.shape[1]], before.shape[1], L)
 
 
 @dataclasses.dataclass
@@ -156,15 +143,11 @@ def fastv(ratio: float, *, after: int = 1, score: Callable[[Look], Tensor] = fro
     return prune
 
 
-def at_random(ratio: float, seed: int = 0, *, after: int = 1) -> Pruner:
-    """As `fastv`, with tokens drawn by lot."""
+def thin(prompt: Prompt, ratio: float, seed: int = 0) -> Prompt:
+    """``prompt`` with a share ``ratio`` of its vision tokens, drawn by lot before any layer."""
     _check_ratio(ratio)
-    generator = torch.Generator().manual_seed(seed)
-
-    def lots(look: Look) -> Tensor:
-        return torch.rand(look.prompt.places.shape, generator=generator)
-
-    return fastv(ratio, after=after, score=lots)
+    lots = torch.rand(prompt.places.shape, generator=torch.Generator().manual_seed(seed))
+    return prompt.keep(best(lots.to(prompt.places.device), round(ratio * prompt.vision)))
 
 
 def _check_ratio(ratio: float) -> None:
@@ -172,23 +155,28 @@ def _check_ratio(ratio: float) -> None:
         raise ValueError(f"ratio: expected 0 to 1, got {ratio}")
 
 
-def pool(
-    vision: Float[Tensor, "B N C"], rows: int, columns: int, side: int
-) -> tuple[Float[Tensor, "B n C"], Float[Tensor, "1 n"]]:
-    """Means of squares of ``side`` by ``side`` tokens, and the mean place of each.
+def pool(prompt: Prompt, columns: int, side: int) -> Prompt:
+    """``prompt`` with means of squares of ``side`` by ``side`` tokens, at their mean positions.
 
-    Squares at the border may be smaller. Raises ``ValueError`` unless ``N = rows * columns``.
+    The image has ``columns`` tokens in a row; squares at its border may be smaller. A pooled token
+    is named after the first place of its square. Raises ``ValueError`` where rows are not whole.
     """
-    if vision.shape[1] != rows * columns or side < 1:
+    if columns < 1 or prompt.vision % columns or side < 1:
         raise ValueError(
-            f"vision: expected {rows} * {columns} tokens and a side of at least 1, "
-            f"got {vision.shape[1]} and {side}"
+            f"columns: expected a divisor of {prompt.vision} tokens and a side of at least 1, "
+            f"got {columns} and {side}"
         )
-    grid = vision.mT.unflatten(2, (rows, columns))
-    place = torch.arange(rows * columns, dtype=vision.dtype).view(1, 1, rows, columns)
-    options = dict(kernel_size=side, ceil_mode=True)
-    means = [torch.nn.functional.avg_pool2d(t, **options).flatten(2) for t in (grid, place)]
-    return means[0].mT, means[1][:, 0]
+    first, last = prompt.first, prompt.first + prompt.vision
+    line = prompt.positions.to(prompt.x.dtype)
+    parts = [prompt.x[:, first:last].mT, line[:, None, first:last]]
+    pooled = [
+        F.avg_pool2d(part.unflatten(2, (-1, columns)), side, ceil_mode=True).flatten(2)
+        for part in parts
+    ]
+    places = prompt.places.unflatten(1, (-1, columns))[:, ::side, ::side].flatten(1)
+    x = torch.cat([prompt.x[:, :first], pooled[0].mT, prompt.x[:, last:]], 1)
+    positions = torch.cat([line[:, :first], pooled[1][:, 0], line[:, last:]], 1)
+    return dataclasses.replace(prompt, x=x, positions=positions, places=places)
 
 
 @dataclasses.dataclass

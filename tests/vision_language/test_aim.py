@@ -20,7 +20,7 @@ from corelib.vision_language.aim import (
     pagerank_importance,
     piecewise_schedule,
 )
-from corelib.vision_language.shared import make_prompt
+from corelib.vision_language.shared import make_prompt, prefill
 
 SMALL = VLMConfig(
     width=32, layers=6, heads=4, kv_heads=2, head_width=8, hidden=32, rows=4, columns=4,
@@ -71,10 +71,7 @@ def test_no_vision_token_at_all(setting):
     model, _, ids, prompt = setting
     got = aim_prefill(model, prompt, DenseCache(), ratio=1.0, l1=0, l2=0)
     assert got.counts == [0] * 6
-    words = make_prompt(prompt.x[:, :1], prompt.x[:, 1:1], prompt.x[:, 17:], total=16,
-                        places=torch.zeros(2, 0, dtype=torch.long))  # fmt: skip
-    from corelib.vision_language.shared import prefill
-
+    words = prompt.keep(torch.zeros(2, 0, dtype=torch.long))
     torch.testing.assert_close(got.logits, prefill(model, words, DenseCache()).logits, **EXACT)
 
 

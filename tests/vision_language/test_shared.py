@@ -131,40 +131,41 @@ def test_best_keeps_the_order_of_places():
     assert best(scores, 2).tolist() == [[1, 3]] and best(scores, 0).shape == (1, 0)
 
 
-def test_lots_are_drawn_anew_and_by_a_seed(setting):
-    model, _, _, prompt = setting
-    drawn = [
-        prefill(model, prompt, DenseCache(), shared.at_random(0.5, seed)).entered[3]
-        for seed in (0, 0, 1)
-    ]
+def test_lots_are_drawn_by_a_seed_and_differ_by_row(setting):
+    prompt = setting[3]
+    drawn = [shared.thin(prompt, 0.5, seed).places for seed in (0, 0, 1)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0][0], drawn[0][1])
+    short = shared.thin(prompt, 0.5)
+    assert torch.equal(short.positions[:, 1:7], short.places + 1) and short.end == 18
+    picked = prompt.x.gather(1, (short.places + 1)[..., None].expand(-1, -1, 32))
+    assert torch.equal(short.x[:, 1:7], picked)
 
 
-def test_pooling_takes_means_and_their_places():
-    x = torch.arange(12.0).view(1, 12, 1).double()
-    means, places = pool(x, 3, 4, 2)
-    by_hand = [(0 + 1 + 4 + 5) / 4, (2 + 3 + 6 + 7) / 4, (8 + 9) / 2, (10 + 11) / 2]
-    assert means.flatten().tolist() == places.flatten().tolist() == by_hand
-    same, line = pool(x, 3, 4, 1)
-    assert torch.equal(same, x) and line.flatten().tolist() == list(range(12))
-
-
-def test_pooled_tokens_stand_between_the_places_that_they_were(setting):
+def test_pooling_takes_means_at_mean_positions(setting):
     model, _, _, prompt = setting
-    means, places = pool(prompt.x[:, 1:13], 3, 4, 2)
-    after = prompt.x[:, 13:]
-    short = make_prompt(prompt.x[:, :1], means, after, places=places.expand(2, -1), total=12)
+    short = pool(prompt, 4, 2)
+    squares = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9], [10, 11]]
+    for n, square in enumerate(squares):
+        mean = prompt.x[:, [1 + place for place in square]].mean(1)
+        torch.testing.assert_close(short.x[:, 1 + n], mean, **EXACT)
     assert short.positions[0].tolist() == [0, 3.5, 5.5, 9.5, 11.5, 13, 14, 15, 16, 17]
+    assert short.places[0].tolist() == [0, 2, 8, 10]
     assert short.end == 18 and short.vision == 4 and short.text == 6
     assert prefill(model, short, DenseCache()).logits.isfinite().all()
 
 
+def test_pooling_single_tokens_changes_nothing(setting):
+    model, images, ids, prompt = setting
+    got = prefill(model, pool(prompt, 4, 1), DenseCache())
+    torch.testing.assert_close(got.logits, model(ids, images=images)[:, -1], **EXACT)
+
+
 @pytest.mark.no_shape_checks
-def test_bad_input_is_named():
+def test_bad_input_is_named(setting):
     with pytest.raises(ValueError, match="ratio: expected 0 to 1, got 2"):
         fastv(2)
     with pytest.raises(ValueError, match="n: expected 0 to 4, got 5"):
         best(torch.zeros(1, 4), 5)
-    with pytest.raises(ValueError, match="vision: expected 3 \\* 4 tokens and a side"):
-        pool(torch.zeros(1, 11, 2), 3, 4, 2)
+    with pytest.raises(ValueError, match="columns: expected a divisor of 12 tokens and a side"):
+        pool(setting[3], 5, 2)
