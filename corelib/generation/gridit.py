@@ -205,7 +205,7 @@ class SRConfig:
 
     side: int = 12
     by: int = 2
-    patch: int = 4
+    patch: int = 6
     width: int = 60
     layers: int = 3
     heads: int = 2
@@ -293,11 +293,11 @@ def flops_grid_vs_tensor(
         raise ValueError(f"frames: expected at least {config.frames}, got {frames}")
     new = config.frames - rows_known * config.columns
     passes = 1 + -(-(frames - config.frames) // new)
-    small = (config.side // config.patch) ** 2
-    large = (sr.side * sr.by // sr.patch) ** 2
+    small, large = ((side // config.patch) ** 2 for side in (config.side, config.side * sr.by))
+    one = (sr.side * sr.by // sr.patch) ** 2
     return Flops(
         grid=passes * steps * dit_flops(config.dit, config.frames * small),
-        sharpen=frames * sr_steps * dit_flops(sr.dit, large),
+        sharpen=frames * sr_steps * dit_flops(sr.dit, one),
         tensor=steps * dit_flops(config.dit, frames * large),
     )
 

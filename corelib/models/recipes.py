@@ -148,7 +148,7 @@ RECIPES = {
             seed=3,
         ),
         Recipe("grid_dit", "grids", GridConfig(), (Stage(64, 32, 1600),), decay=0.5, seed=4),
-        Recipe("frame_sr", "frames", SRConfig(), (Stage(36, 64, 500),), decay=0.5, seed=5),
+        Recipe("frame_sr", "frames", SRConfig(), (Stage(16, 128, 500),), decay=0.5, seed=5),
         Recipe(
             "text_dlm",
             "masked_diffusion",

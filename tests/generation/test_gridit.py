@@ -182,11 +182,11 @@ def test_sharpening_sees_the_small_frame():
 
 
 def test_flops_count_both_stages():
-    config, sr = gridit.GridConfig(), gridit.SRConfig()
-    count = gridit.flops_grid_vs_tensor(24, steps=10, sr_steps=5)
+    config, sr = gridit.GridConfig(), gridit.SRConfig(patch=4)
+    count = gridit.flops_grid_vs_tensor(24, sr=sr, steps=10, sr_steps=5)
     assert count.grid == 3 * 10 * dit_flops(config.dit, 16 * 4)  # 16, then 4 and 4 more
     assert count.sharpen == 24 * 5 * dit_flops(sr.dit, 36)
-    assert count.tensor == 10 * dit_flops(config.dit, 24 * 36)
+    assert count.tensor == 10 * dit_flops(config.dit, 24 * 16)
     assert count.ratio == count.tensor / (count.grid + count.sharpen)
 
 

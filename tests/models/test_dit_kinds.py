@@ -21,7 +21,7 @@ GRIDS = Recipe(
     "try", "grids", GridConfig(width=24, layers=1, heads=2, condition=8), (Stage(64, 4, 12),)
 )
 FRAMES = Recipe(
-    "try", "frames", SRConfig(width=24, layers=1, heads=2, condition=8), (Stage(36, 4, 12),)
+    "try", "frames", SRConfig(width=24, layers=1, heads=2, condition=8), (Stage(16, 4, 12),)
 )
 
 
