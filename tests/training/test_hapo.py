@@ -84,11 +84,12 @@ def test_the_signal_rises_with_entropy_and_stays_between_its_ends():
     assert (signal[inside].diff() > 0).all()
 
 
-def test_four_fifths_of_the_tokens_lie_at_or_below_the_pivot():
+@pytest.mark.parametrize(("quantile", "below"), [(0.8, 801), (0.2, 201), (0.0, 1), (1.0, 1001)])
+def test_four_fifths_of_the_tokens_lie_at_or_below_the_pivot(quantile, below):
     entropy = torch.rand(1, 1001, generator=torch.Generator().manual_seed(0)).double()
     mask = torch.ones(1, 1001, dtype=torch.bool)
-    signal = entropy_signal(entropy, entropy_scale(entropy, mask))
-    assert int((signal <= 0).sum()) == 801
+    signal = entropy_signal(entropy, entropy_scale(entropy, mask, quantile=quantile))
+    assert int((signal <= 0).sum()) == below
 
 
 def test_what_is_outside_of_the_mask_does_not_count():
