@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..contracts import Chooser
+from ..primitives import attention
 
 Law = dict[tuple[int, ...], float]
 
@@ -113,3 +114,29 @@ class TabularModel:
                         longer[(*tokens, token)] = probability * p
             laws = longer
         return laws
+
+
+class AttentiveModel(TabularModel):
+    """A tiny language model in float64 that reads all that came before, by one attention head.
+
+    Its logits are those of a table at the last id, plus what attention over all ids says. With a
+    cache it sees what the cache lets it see, so one that holds less gives another law. Positions
+    mean nothing to it.
+    """
+
+    def __init__(self, vocab: int, seed: int = 0, sharpness: float = 1.0, width: int = 4):
+        super().__init__(vocab, seed, sharpness)
+        generator = torch.Generator().manual_seed(seed)
+        shape = (4, vocab, width)  # queries, keys, values and the way out
+        self.q, self.k, self.v, self.out = 2 * torch.randn(
+            shape, generator=generator, dtype=torch.float64
+        )
+
+    def __call__(self, ids: Int[Tensor, "B L"], cache=None) -> Float[Tensor, "B L vocab"]:
+        q, k, v = (weight[ids][:, None] for weight in (self.q, self.k, self.v))
+        if cache is None:
+            read = attention(q, k, v, causal=True)
+        else:
+            cache.append(0, k, v)
+            read = cache.attend(0, q)
+        return self.table[self.vocab, ids] + read[:, 0] @ self.out.T

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..contracts import Chooser, KVCache, LanguageModel
-from .enumeration import TabularModel, exact_law, total_variation  # noqa: F401
+from .enumeration import AttentiveModel, TabularModel, exact_law, total_variation  # noqa: F401
 
 # --- laws -----------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ transformers = pytest.importorskip("transformers")
 
 from corelib import hf  # noqa: E402
 from corelib.decoding.aggressive_decoding import input_guided_decode  # noqa: E402
+from corelib.decoding.triforce import triforce_generate  # noqa: E402
 from corelib.models.cache import DenseCache  # noqa: E402
 
 SIZES = dict(
@@ -51,3 +52,14 @@ def test_input_guided_decoding_writes_what_transformers_does(family):
     for cache in (None, DenseCache()):
         report = input_guided_decode(model, ids, source, 16, cache=cache)
         assert report.tokens == written and report.target_calls < 16
+
+
+@pytest.mark.method("triforce")
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_triforce_writes_what_transformers_does(family):
+    """Both levels of the target run on one model of transformers, with two caches of ours."""
+    model, ids = random_model(family), prompt(40)
+    written = written_by(model, ids, 12)
+    target, tiny = hf.LanguageModel(model), hf.LanguageModel(random_model("Llama", seed=1))
+    report = triforce_generate(target, tiny, ids, 12, gamma=3, budget=16, sinks=2, recent=6)
+    assert report.tokens == written and 0 < report.outer.acceptance
