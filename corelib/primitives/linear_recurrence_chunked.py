@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear_recurrence_decay import ChunkDecay, NoDecay, plain_width
+from .linear_recurrence_decay import ChunkDecay, NoDecay, StrongHeadDecay, plain_width
 
 CHUNK = 64
-SLAB = 1 << 16  # numbers of an array that are worked on at a time
+SLAB = 1 << 17  # numbers of an array that are worked on at a time
 
 
 def chunked(
@@ -46,97 +46,99 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx, q, k, v, log_decay, state, scale):
         out, final = _rows_like(v), _rows_like(state)
         chunk = min(CHUNK, 1 << (q.shape[1] - 1).bit_length())
-        count = -(-q.shape[1] // chunk)
-        keep = any(ctx.needs_input_grad)
-        width = plain_width(log_decay, chunk) if log_decay is not None else chunk
-        states = state.new_empty(len(q), count + 1, *state.shape[1:]) if keep else None
-        for heads, slabs in _work(q, chunk):
+        keep, kept = any(ctx.needs_input_grad), []
+        for heads, stretches in _work(q, chunk):
             running = state[heads]
-            for rows, chunks in slabs:
-                parts = [_cut(x, heads, rows, chunk, state) for x in (q, k, v, log_decay)]
+            for rows in stretches:
+                parts = [_cut(x, heads, rows, chunk, state.dtype) for x in (q, k, v, log_decay)]
+                place = _place(out, heads, rows, chunk, state.dtype)
+                states = _forward(*parts, running, scale, place)
+                _put(out, place, heads, rows)
+                running = states[:, -1]
                 if keep:
-                    around = states[heads, chunks.start : chunks.stop + 1]
-                else:
-                    size = len(running), chunks.stop - chunks.start + 1, *state.shape[1:]
-                    around = state.new_empty(size)
-                around[:, 0] = running
-                _put(out, _forward(*parts, around, scale, width), heads, rows)
-                running = around[:, -1]
+                    kept.append(states)
             final[heads] = running
-        ctx.save_for_backward(q, k, v, log_decay, states)
-        ctx.scale, ctx.chunk, ctx.width = scale, chunk, width
+        ctx.save_for_backward(q, k, v, log_decay, *kept)
+        ctx.scale, ctx.chunk = scale, chunk
         return out, final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, d_final):
-        q, k, v, log_decay, states = ctx.saved_tensors
-        inputs = q, k, v, log_decay
+        inputs, states = ctx.saved_tensors[:4], list(ctx.saved_tensors[4:])
         grads = [None if x is None else _rows_like(x) for x in inputs]
-        d_state = _rows_like(d_final)
-        for heads, slabs in _work(q, ctx.chunk):
+        d_state, dtype = _rows_like(d_final), d_final.dtype
+        for heads, stretches in reversed(list(_work(inputs[0], ctx.chunk))):
             running = d_final[heads]
-            for rows, chunks in reversed(list(slabs)):
-                parts = [_cut(x, heads, rows, ctx.chunk, states) for x in (*inputs, d_out)]
-                around = states[heads, chunks.start : chunks.stop + 1]
-                *results, running = _backward(*parts, around, running, ctx.scale, ctx.width)
-                for grad, result in zip(grads, results, strict=True):
-                    if grad is not None:
-                        _put(grad, result, heads, rows)
+            for rows in reversed(stretches):
+                here = heads, rows, ctx.chunk, dtype
+                parts = [_cut(x, *here) for x in (*inputs, d_out)]
+                places = [_place(x, *here) for x in grads]
+                running = _backward(*parts, states.pop(), running, ctx.scale, places)
+                for grad, place in zip(grads, places, strict=True):
+                    _put(grad, place, heads, rows)
             d_state[heads] = running
         return *grads, d_state, None
 
 
-def _forward(q, k, v, log_decay, states, scale, width) -> Tensor:
-    """Chunks ``q (heads * chunks, C, K)`` -> out.
+def _forward(q, k, v, log_decay, state, scale, out) -> Tensor:
+    """Chunks ``q (heads * chunks, C, K)`` and ``state (heads, K, V)``: fills ``out``.
 
-    ``states (heads, chunks + 1, K, V)`` holds the state before the first chunk; the others are
-    filled in.
+    Returns the states before each chunk and after the last, ``(heads, chunks + 1, K, V)``.
     """
-    here = _decay(q, k, log_decay, width)
-    added = torch.bmm(here.write.mT, v).unflatten(0, (len(states), -1))
-    totals = here.total.unflatten(0, (len(states), -1)).unbind(1)
-    steps = states.unbind(1)
-    for before, after, new, total in zip(steps, steps[1:], added.unbind(1), totals):
-        torch.addcmul(new, total, before, out=after)
-    out = torch.bmm(here.scores, v)
-    return out.baddbmm_(here.read, states[:, :-1].flatten(0, 1), beta=scale, alpha=scale)
+    here = _decay(q, k, log_decay)
+    states = state.new_empty(len(state), 1 + len(q) // len(state), *state.shape[1:])
+    states[:, 0] = state
+    _product_into(states[:, 1:], here.write.mT, v)
+    steps, totals = states.unbind(1), here.total.unflatten(0, (len(state), -1)).unbind(1)
+    for before, after, total in zip(steps, steps[1:], totals):
+        after.addcmul_(total, before)
+    torch.bmm(here.scores, v, out=out)
+    out.baddbmm_(here.read, states[:, :-1].flatten(0, 1), beta=scale, alpha=scale)
+    return states
 
 
-def _backward(
-    q, k, v, log_decay, d_out, around, d_state, scale, width
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the chunks' inputs and of the state before the first of them.
+def _backward(q, k, v, log_decay, d_out, states, d_state, scale, places) -> Tensor:
+    """Fills ``places`` with gradients; returns that of the state before the first chunk.
 
-    ``around``: the states before each chunk and after the last; ``d_state``: of the one after.
+    ``states``: of `_forward`; ``d_state``: of the last of them.
     """
     d_out = d_out * scale
-    here = _decay(q, k, log_decay, width, keep=True)
-    read_out = torch.bmm(here.read.mT, d_out).unflatten(0, (len(around), -1)).unbind(1)
-    totals = here.total.unflatten(0, (len(around), -1)).unbind(1)
-    d_states = torch.empty_like(around, memory_format=torch.contiguous_format)
+    here = _decay(q, k, log_decay, keep=True)
+    d_states = torch.empty_like(states)
     d_states[:, -1] = d_state
-    steps = d_states.unbind(1)
-    for c in reversed(range(len(totals))):
-        torch.addcmul(read_out[c], totals[c], steps[c + 1], out=steps[c])
-    d_afters, d_state = d_states[:, 1:], steps[0]
-    d_after = d_afters.flatten(0, 1)
-    d_v = torch.bmm(here.scores.mT, d_out).baddbmm_(here.write, d_after)
-    d_scores = torch.bmm(d_out, v.mT).tril_()
-    d_read = torch.bmm(d_out, around[:, :-1].flatten(0, 1).mT)
-    d_q, d_k, d_sum = here.pull(d_scores, d_read, torch.bmm(v, d_after.mT))
-    if d_sum is None:
-        return d_q, d_k, d_v, None, d_state
-    ends = (around[:, 1:] * d_afters).sum(-1).flatten(0, 1)[:, None]
-    ends = ends if ends.shape == d_sum[:, :1].shape else ends.sum(-1, keepdim=True)
-    later = q.new_ones(q.shape[1], q.shape[1]).triu_().expand(len(q), -1, -1)
-    d_decay = torch.baddbmm(ends, later, d_sum)
-    return d_q, d_k, d_v, d_decay, d_state
+    _product_into(d_states[:, :-1], here.read.mT, d_out)
+    steps, totals = d_states.unbind(1), here.total.unflatten(0, (len(states), -1)).unbind(1)
+    for before, after, total in zip(steps[-2::-1], steps[:0:-1], totals[::-1]):
+        before.addcmul_(total, after)
+    d_afters = d_states[:, 1:].flatten(0, 1)
+    d_q, d_k, d_v, d_decay = places
+    torch.bmm(here.scores.mT, d_out, out=d_v).baddbmm_(here.write, d_afters)
+    torch.bmm(d_out, states[:, :-1].flatten(0, 1).mT, out=d_q)
+    torch.bmm(v, d_afters.mT, out=d_k)
+    d_sum = here.pull(torch.bmm(d_out, v.mT).tril_(), d_q, d_k)
+    if d_sum is not None:
+        ends = (states[:, 1:].flatten(0, 1) * d_afters).sum(-1)[:, None]
+        ends = ends if ends.shape[2] == d_sum.shape[2] else ends.sum(-1, keepdim=True)
+        later = q.new_ones(q.shape[1], q.shape[1]).triu_().expand(len(q), -1, -1)
+        torch.baddbmm(ends, later, d_sum, out=d_decay)
+    return steps[0]
 
 
-def _decay(q, k, log_decay, width, keep=False) -> ChunkDecay | NoDecay:
+def _product_into(target: Tensor, a: Tensor, b: Tensor) -> None:
+    """``a @ b`` of chunks into ``target (heads, chunks, ...)``."""
+    if len(target) == 1:
+        torch.bmm(a, b, out=target[0])
+    else:
+        target.copy_(torch.bmm(a, b).view(target.shape))
+
+
+def _decay(q, k, log_decay, keep=False) -> ChunkDecay | StrongHeadDecay | NoDecay:
     if log_decay is None:
         return NoDecay(q, k)
+    width = plain_width(log_decay, q.shape[1])
+    if log_decay.shape[2] == 1 and width < q.shape[1]:
+        return StrongHeadDecay(q, k, log_decay)
     return ChunkDecay(q, k, log_decay, width, keep)
 
 
@@ -144,33 +146,50 @@ def _rows_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _work(q: Tensor, chunk: int) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
-    """Heads, and for each group of them stretches of rows with the numbers of their chunks.
+def _work(q: Tensor, chunk: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Heads, and for each group of them stretches of rows.
 
     Either several heads at their whole length or parts of one head: both are rows without gaps.
     """
     N, L, K = q.shape
     count = -(-L // chunk)
     group = max(1, SLAB // (count * chunk * K))
-    each = count if group > 1 else max(1, SLAB // (chunk * K))
-    slabs = [
-        (slice(at * chunk, min((at + each) * chunk, L)), slice(at, min(at + each, count)))
-        for at in range(0, count, each)
-    ]
+    each = chunk * (count if group > 1 else max(1, SLAB // (chunk * K)))
+    stretches = [slice(at, min(at + each, L)) for at in range(0, L, each)]
     for first in range(0, N, group):
-        yield slice(first, min(first + group, N)), slabs
+        yield slice(first, min(first + group, N)), stretches
 
 
-def _cut(x: Tensor | None, heads: slice, rows: slice, chunk: int, like: Tensor) -> Tensor | None:
+def _cut(
+    x: Tensor | None, heads: slice, rows: slice, chunk: int, dtype: torch.dtype
+) -> Tensor | None:
     """A stretch of ``x (N, L, ...)`` in chunks ``(heads * chunks, chunk, ...)``, zeros behind."""
     if x is None:
         return None
-    x = x[heads, rows].to(like.dtype)
+    x = x[heads, rows].to(dtype)
     if missing := -x.shape[1] % chunk:
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
     return x.reshape(-1, chunk, *x.shape[2:])
 
 
-def _put(target: Tensor, chunks: Tensor, heads: slice, rows: slice) -> None:
+def _place(
+    target: Tensor | None, heads: slice, rows: slice, chunk: int, dtype: torch.dtype
+) -> Tensor | None:
+    """As `_cut`, to write into: ``target`` itself where the stretch is whole chunks."""
+    if target is None:
+        return None
     place = target[heads, rows]
-    place.copy_(chunks.reshape(len(place), -1, *target.shape[2:])[:, : place.shape[1]])
+    whole = place.shape[1] % chunk == 0 and place.dtype == dtype
+    if whole and place.is_contiguous():
+        return place.view(-1, chunk, place.shape[2])
+    count = len(place) * -(-place.shape[1] // chunk)
+    return target.new_empty(count, chunk, place.shape[2], dtype=dtype)
+
+
+def _put(target: Tensor | None, chunks: Tensor | None, heads: slice, rows: slice) -> None:
+    """Copies to where `_place` was not of the target itself."""
+    if target is None:
+        return
+    place = target[heads, rows]
+    if chunks.data_ptr() != place.data_ptr():
+        place.copy_(chunks.reshape(len(place), -1, place.shape[2])[:, : place.shape[1]])

@@ -8,13 +8,15 @@ Chunks are ``q, k (N, C, K)``, N of them side by side. With ``G_i`` the sum of t
     write_j   = k_j exp(G_C - G_j)                 keys into the state after the chunk
     total     = exp(G_C)                           what is left of the state
 
-A vector decay (one a channel) cannot be pulled out of the sum over channels. Splitting it into
+A decay for each channel cannot be pulled out of the sum over channels. Splitting it into
 ``exp(G_i)`` and ``exp(-G_j)`` makes scores a matrix product, and overflows; writing all
 ``exp(G_i - G_j)`` out costs ``C x C x K`` numbers. `ChunkDecay` halves the chunk: between the
 right and the left half the factor splits at the boundary m, ``exp(G_i - G_m) exp(G_m - G_j)``, both
-at most 1, and each half is done in the same way. It stops halving at blocks so short that the
-plain split stays below ``exp(LARGEST)``; strong decays go down to single steps, where no positive
-number is exponentiated at all. The factors of the levels are running products.
+at most 1, and each half is done in the same way. It stops halving at blocks so short that a plain
+split at the block's end stays below ``exp(LARGEST)``; strong decays go down to single steps, where
+no positive number is exponentiated at all. The factors of the levels are running products. One
+decay for all channels goes the same way while a whole chunk is such a block; a stronger one is
+written out, `StrongHeadDecay`.
 """
 
 from __future__ import annotations
@@ -30,39 +32,32 @@ class ChunkDecay:
     """A decay for each channel, ``log_decay (N, C, K)``, or one for all, ``(N, C, 1)``.
 
     C is a power of two.
+
+    Within a block of ``width``, E its last step: ``write_j = k_j exp(G_E - G_j)``, at most ``k_j``,
+    and ``read_plain_i = q_i / exp(G_E - G_i)``, at most ``exp(LARGEST) q_i``.
     """
 
     def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor, width: int, keep: bool = False):
         """``width`` of the blocks that are not halved (`plain_width`); ``keep`` for `pull`."""
-        self.q, self.k, self.width = q, k, width
         (N, C, K), blocks = q.shape, q.shape[1] // width
         g, queries, keys = (x.reshape(N * blocks, width, -1) for x in (log_decay, q, k))
-        self.first = torch.exp(g[:, :1])
-        if width == 1:
-            self.down = self.up = None
-            self.read_plain, self.write_plain = queries, keys
-            last = torch.ones_like(self.first)
-        else:
-            sums = torch.bmm(_after_first(width, q).expand(N * blocks, -1, -1), g)
-            self.down, self.up = torch.exp(sums), torch.exp(-sums)
-            self.read_plain, self.write_plain = queries * self.down, keys * self.up
-            last = self.down[:, -1:]
-        self.last = last
-        own = _outer(
-            *(x.unflatten(0, (N, -1)) for x in (self.read_plain, self.write_plain))
-        ).tril_()
+        later, all_of_it = sums_after(g)
+        self.factor, last = later.exp_(), all_of_it.exp_()
+        self.read_plain, write = queries / self.factor, keys * self.factor
+        pairs = (x.unflatten(0, (N, -1)) for x in (self.read_plain, write))
+        own = _outer(*pairs).tril_()
         self.scores = own.view(N, C, C) if blocks == 1 else q.new_zeros(N, C, C)
         if blocks > 1:
             _blocks(self.scores, width, 1).copy_(own)
-        self.read = (self.read_plain * self.first).view(N, C, K)
-        self.write = (self.write_plain * last).view(N, C, K)
-        total = (self.first * last).view(N, blocks, -1)
-        self.levels = self._halve(total, keep)
+        self.write_plain = write.clone() if keep and blocks > 1 else write
+        read = self.read_plain * last if keep else self.read_plain.mul_(last)
+        self.read, self.write, self.last = read.view(N, C, K), write.view(N, C, K), last
+        self.levels = self._halve(last.view(N, blocks, -1), width, keep)
 
-    def _halve(self, total: Tensor, keep: bool) -> list[tuple[Tensor, ...]]:
+    def _halve(self, total: Tensor, width: int, keep: bool) -> list[tuple[Tensor, ...]]:
         """From pairs of neighbouring blocks to blocks of twice the width, up to the chunk."""
-        levels, width = [], self.width
-        while width < self.q.shape[1]:
+        levels = []
+        while width < self.read.shape[1]:
             right, left = _halves(self.read, width)[1], _halves(self.write, width)[0]
             total_left, total_right = total.unflatten(1, (-1, 2)).unbind(2)
             if keep:
@@ -75,9 +70,12 @@ class ChunkDecay:
         self.total = total.mT  # (N, K, 1) or (N, 1, 1)
         return levels
 
-    def pull(self, d_scores: Tensor, d_read: Tensor, d_write: Tensor) -> tuple[Tensor | None, ...]:
-        """``(d_q, d_k, d_G)`` without what flows through ``total``; overwrites its arguments."""
-        (N, C, K), width = self.q.shape, self.q.shape[1]
+    def pull(self, d_scores: Tensor, d_read: Tensor, d_write: Tensor) -> Tensor:
+        """``d_G``, without what flows through ``total``.
+
+        Makes ``d_read`` into ``d_q`` and ``d_write`` into ``d_k``; spoils ``d_scores`` and itself.
+        """
+        N, width = len(d_read), d_read.shape[1]
         for right_was, left_was, total_left, total_right in reversed(self.levels):
             width //= 2
             block = _blocks(d_scores, width, 2)
@@ -88,14 +86,39 @@ class ChunkDecay:
             left += _product(block.mT, right_was)
         block = _blocks(d_scores, width, 1)
         d_q, d_k = (x.view(self.read_plain.shape) for x in (d_read, d_write))
-        d_q, d_k = d_q.mul_(self.first), d_k.mul_(self.last)
+        d_q *= self.last
         d_q += _product(block, self.write_plain.unflatten(0, (N, -1))).flatten(0, 1)
         d_k += _product(block.mT, self.read_plain.unflatten(0, (N, -1))).flatten(0, 1)
-        if self.up is not None:
-            d_q, d_k = d_q.mul_(self.down), d_k.mul_(self.up)
-        d_q, d_k = d_q.view(N, C, K), d_k.view(N, C, K)
-        d_sum = self.q * d_q - self.k * d_k
-        return d_q, d_k, d_sum if self.first.shape[2] > 1 else d_sum.sum(-1, keepdim=True)
+        d_sum = self.read_plain.mul_(d_q).sub_(self.write_plain.mul_(d_k))
+        d_q /= self.factor
+        d_k *= self.factor
+        d_sum = d_sum.view(d_read.shape)
+        return d_sum if self.factor.shape[2] > 1 else d_sum.sum(-1, keepdim=True)
+
+
+class StrongHeadDecay:
+    """One decay for all channels, ``log_decay (N, C, 1)``, however strong.
+
+    It stands before the sum over channels: ``q k^T`` times one number a pair. Each sum between two
+    steps is added up by itself, so that nothing cancels. Offers what `ChunkDecay` does.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor):
+        self.q, self.k = q, k
+        between = log_decay.expand(-1, -1, q.shape[1]).tril(-1).cumsum(1)
+        self.factor = between.exp_()  # right below the diagonal; above it, scores are cut off
+        self.scores = torch.bmm(q, k.mT).mul_(self.factor).tril_()
+        self.from_start = log_decay.cumsum(1).exp_()
+        self.to_end = self.factor[:, -1, :, None]
+        self.read, self.write = q * self.from_start, k * self.to_end
+        self.total = self.from_start[:, -1:]
+
+    def pull(self, d_scores: Tensor, d_read: Tensor, d_write: Tensor) -> Tensor:
+        """As `ChunkDecay.pull`."""
+        d_products = d_scores.mul_(self.factor)
+        d_q = d_read.mul_(self.from_start).baddbmm_(d_products, self.k)
+        d_k = d_write.mul_(self.to_end).baddbmm_(d_products.mT, self.q)
+        return (self.q * d_q).sub_(self.k * d_k).sum(-1, keepdim=True)
 
 
 class NoDecay:
@@ -105,10 +128,10 @@ class NoDecay:
         self.read, self.write, self.scores = q, k, torch.bmm(q, k.mT).tril_()
         self.total = q.new_ones(len(q), 1, 1)
 
-    def pull(self, d_scores: Tensor, d_read: Tensor, d_write: Tensor) -> tuple[Tensor | None, ...]:
-        """As `ChunkDecay.pull`, with None for ``d_G``."""
-        d_q, d_k = d_read.baddbmm_(d_scores, self.write), d_write.baddbmm_(d_scores.mT, self.read)
-        return d_q, d_k, None
+    def pull(self, d_scores: Tensor, d_read: Tensor, d_write: Tensor) -> None:
+        """As `ChunkDecay.pull`; there is no ``d_G``."""
+        d_read.baddbmm_(d_scores, self.write)
+        d_write.baddbmm_(d_scores.mT, self.read)
 
 
 def plain_width(log_decay: Tensor, chunk: int) -> int:
@@ -120,11 +143,16 @@ def plain_width(log_decay: Tensor, chunk: int) -> int:
     return width
 
 
-def _after_first(width: int, like: Tensor) -> Tensor:
-    """``(width, width)``: sums up to and with each row, without the block's first."""
-    ones = like.new_ones(width, width).tril_()
-    ones[:, 0] = 0.0
-    return ones
+def sums_after(x: Tensor) -> tuple[Tensor, Tensor]:
+    """For ``x (N, C, K)``: the sum of the rows after each, and of all of them ``(N, 1, K)``.
+
+    As a product, which is faster than `torch.cumsum` along an axis that is not the last.
+    """
+    N, C, _ = x.shape
+    if C == 1:  # may hold -inf, and 0 * -inf is NaN
+        return torch.zeros_like(x), x.clone()
+    after = torch.bmm(x.new_ones(C, C).triu_(1).expand(N, -1, -1), x)
+    return after, after[:, :1] + x[:, :1]
 
 
 def _halves(x: Tensor, width: int) -> tuple[Tensor, ...]:

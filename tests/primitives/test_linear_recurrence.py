@@ -58,10 +58,11 @@ def test_forms_equal_the_loop(kind, beta, L):
     assert_forms_agree(random_inputs(kind, beta, L=L), scale=0.7)
 
 
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
 @pytest.mark.parametrize("strongest", [0.3, 3.0, 15.0, 500.0])
-def test_every_strength_of_decay(strongest):
-    """Blocks of 64, 16, 4 and 1 are split plainly, the rest is halved."""
-    given = random_inputs("vector", L=2 * CHUNK + 3, strongest=strongest)
+def test_every_strength_of_decay(kind, strongest):
+    """Blocks of 64, 16, 4 and 1 are split plainly; the rest is halved, for a head written out."""
+    given = random_inputs(kind, L=2 * CHUNK + 3, strongest=strongest)
     expected = {0.3: 64, 3.0: 16, 15.0: 4, 500.0: 1}[strongest]
     assert plain_width(given["log_decay"], CHUNK) == expected
     assert_forms_agree(given, ["chunked"])
@@ -90,8 +91,9 @@ def test_strong_decays_stay_exact_in_float32(kind):
 
 def test_plain_split_never_passes_its_bound():
     g = random_inputs("vector", L=CHUNK, strongest=2.0)["log_decay"].flatten(0, 1)
-    here = ChunkDecay(torch.ones_like(g), torch.ones_like(g), g, plain_width(g, CHUNK))
-    assert here.write_plain.max() <= torch.tensor(LARGEST).exp()
+    ones = torch.ones_like(g)
+    here = ChunkDecay(ones, ones, g, plain_width(g, CHUNK), keep=True)
+    assert here.write_plain.max() <= 1 <= here.read_plain.max() <= torch.tensor(LARGEST).exp()
     assert (
         here.read.max() <= 1 and here.write.max() <= 1 and here.scores.max() <= g.shape[-1] + 1e-9
     )
@@ -112,14 +114,20 @@ def test_pieces_with_the_state_equal_the_whole(kind, beta, form):
     torch.testing.assert_close(state, last, **EXACT)
 
 
-def test_many_heads_and_many_slabs(monkeypatch):
-    """Heads in groups and long heads in stretches: the work is cut up in both ways."""
+@pytest.mark.parametrize("slab", [64, 1024, 4096])
+def test_many_heads_and_many_slabs(monkeypatch, slab):
+    """Heads in groups and long heads in stretches, with and without a last chunk to be filled up.
+
+    Decays strong in one stretch only: each slab finds the width that it can split plainly.
+    """
     import sys
 
-    module = sys.modules["corelib.primitives.linear_recurrence_chunked"]
-    for slab in (64, 1024, 4096):
-        monkeypatch.setattr(module, "SLAB", slab)
-        assert_forms_agree(random_inputs("vector", B=2, H=3, L=150, K=4), ["chunked"])
+    monkeypatch.setattr(sys.modules["corelib.primitives.linear_recurrence_chunked"], "SLAB", slab)
+    for kind, L in (("vector", 150), ("vector", 128), ("scalar", 150), (None, 128)):
+        given = random_inputs(kind, B=2, H=3, L=L, K=4)
+        if kind:
+            given["log_decay"][:, 1, 64:90] *= 40
+        assert_forms_agree(given, ["chunked"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
