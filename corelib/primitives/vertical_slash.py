@@ -9,7 +9,8 @@ queries at positions ``p .. p + block`` the kept keys are
 
 A slash thus covers a parallelogram's bounding square: a little more than its line, never less, and
 every key counts once. Causality holds key by key. The lists of a block are a few ranges and a few
-single keys, and the work is theirs alone (MInference, arXiv 2407.02490, appendix C.4).
+single keys, and the work is theirs alone (MInference, arXiv 2407.02490, appendix C.4). Which lines
+to keep is the caller's: MInference's estimate writes 64 rows of probabilities out, linear in S.
 
 * `vertical_slash_attention`: on a CPU kept keys are gathered tile by tile (``_gathered``), and
   gradients flow; on a GPU the Triton kernel of ``corelib.kernels.vertical_slash_attention``.

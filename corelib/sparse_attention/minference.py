@@ -99,7 +99,11 @@ def estimate_vertical_slash(
     last: int = 64,
     scale: float | None = None,
 ) -> tuple[Float[Tensor, "B H S"], Float[Tensor, "B H S"]]:
-    """How much the last queries attend to each key, and to each distance."""
+    """How much the last queries attend to each key, and to each distance.
+
+    Their probabilities are written out, ``(B, H, last, S)``: 64 rows however long the prompt is, so
+    time and memory grow as S for each head (256 bytes a key and head in float32).
+    """
     last, S = min(last, q.shape[2]), k.shape[2]
     keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scale = q.shape[3] ** -0.5 if scale is None else scale
