@@ -23,6 +23,8 @@ outputs of a block are one batched product. Steps follow each other in a loop: o
 that have none (prefix doubling, Blelloch) do several times the work on the same bytes and were
 slower at every length (`make bench`).
 
+On a GPU the kernel `corelib.kernels.selective_scan` runs, for N a power of two.
+
 Backward keeps the state before each block, ``B L D N / block`` numbers, and computes the rest
 again: ``(B, L, D, N)`` is never held. Time O(B L D N).
 Oracle: `selective_scan_reference`, and transformers' ``MambaMixer.slow_forward``.
@@ -108,9 +110,19 @@ def selective_scan(
     if state is None:
         state = torch.zeros(u.shape[0], *A.shape, dtype=wide, device=u.device)
     parts = (x.to(wide) for x in (u, dt, A, B, C, state))
-    y, state = _Scan.apply(*parts)
+    y, state = _recurrence(*parts)
     y = _skip_and_gate(y, u.to(wide), D, z).to(u.dtype)
     return (y, state) if return_state else y
+
+
+def _recurrence(u, dt, A, B, C, state) -> tuple[Tensor, Tensor]:
+    """``y`` without skip and gate, and the last state; all in one dtype of at least float32."""
+    N = A.shape[1]
+    if u.is_cuda and N & (N - 1) == 0:
+        from corelib.kernels.selective_scan import selective_scan as kernel
+
+        return kernel(u, dt, A, B, C, state)
+    return _Scan.apply(u, dt, A, B, C, state)
 
 
 class _Scan(torch.autograd.Function):
