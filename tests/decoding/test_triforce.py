@@ -68,9 +68,8 @@ def test_the_law_is_the_targets(new, name):
     assert law_of(triforce_generate, new, LAWS[name]) < 1e-12
 
 
-@pytest.mark.parametrize("gamma, budget", [(1, 2), (3, 20)])
-def test_the_law_holds_for_any_sizes(gamma, budget):
-    assert law_of(triforce_generate, 3, token_law, gamma=gamma, budget=budget) < 1e-12
+def test_the_law_holds_with_one_token_a_round():
+    assert law_of(triforce_generate, 3, token_law, gamma=1, budget=2) < 1e-12
 
 
 def test_drawing_from_the_middle_after_a_rejection_is_not_lossless():
@@ -93,18 +92,18 @@ def test_three_different_models_chain():
         inner = model_drafter(tiny, 1, law=token_law, chooser=chooser, cache=DenseCache())
         outer = chain_drafter(middle, inner, 2, law=token_law, verifier=rule)
         return speculative_decode(
-            target, PROMPT, 3, outer, verifier=rule, cache=DenseCache()
+            target, PROMPT, 2, outer, verifier=rule, cache=DenseCache()
         ).tokens
 
-    expected = target.law(PROMPT[0].tolist(), 3, token_law)
+    expected = target.law(PROMPT[0].tolist(), 2, token_law)
     assert total_variation(exact_law(decode), expected) < 1e-12
 
 
 # --- greedy ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("new", [0, 1, 2, 19])
-@pytest.mark.parametrize("budget, gamma", [(4, 1), (8, 6), (64, 3)])
+@pytest.mark.parametrize("new", [0, 1, 2, 12])
+@pytest.mark.parametrize("budget, gamma", [(4, 1), (8, 6)])
 def test_greedy_tokens_are_those_of_plain_decoding(budget, gamma, new, tiny):
     target, small, ids = tiny(), tiny(1), some_ids(37)
     expected = generate(target, ids, new)[0, 37:].tolist()
@@ -121,7 +120,7 @@ def test_a_budget_for_everything_accepts_everything(tiny):
     target, small, ids = tiny(), tiny(1), some_ids(30)
     options = dict(gamma=4, budget=64, chunk=4, sinks=2, recent=4)
     for law in (greedy_law, token_law):
-        report = triforce_generate(target, small, ids, 20, law=law, chooser=sampler(0), **options)
+        report = triforce_generate(target, small, ids, 10, law=law, chooser=sampler(0), **options)
         assert report.outer.acceptance == 1
         assert 0 < report.middle.acceptance < 1
 
@@ -129,7 +128,7 @@ def test_a_budget_for_everything_accepts_everything(tiny):
 def test_a_smaller_budget_is_read_less_and_accepted_less(tiny):
     target, small, ids = tiny(), tiny(1), some_ids(64)
     whole, part = (
-        triforce_generate(target, small, ids, 24, gamma=4, budget=budget, sinks=2, recent=4)
+        triforce_generate(target, small, ids, 14, gamma=4, budget=budget, sinks=2, recent=4)
         for budget in (96, 8)
     )
     assert part.outer.acceptance < whole.outer.acceptance == 1

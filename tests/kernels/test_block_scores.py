@@ -69,6 +69,7 @@ CASES = {
     "queries that see nothing": ((1, 2, 2, 50, 21, 16), dict(block=8, causal=True)),
     "several tiles": ((1, 1, 1, 66, 67, 8), dict(block=1, causal=True)),
     "two slices": ((1, 1, 1, 20, 20, 50), dict(block=5, causal=True)),
+    "chunk means for one query": ((1, 4, 2, 1, 43, 16), dict(block=8, causal=False)),
 }
 
 

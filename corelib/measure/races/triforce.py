@@ -30,12 +30,16 @@ LEVELS = ("tiny", "middle", "outer")
 
 @dataclasses.dataclass
 class Counted:
-    """A decode of ``tokens``: calls of each level, and bytes of keys and values they read."""
+    """A decode of ``tokens``: calls of each level, and bytes of keys and values they read.
+
+    ``rounds``: middle calls before each outer call, where there are three levels.
+    """
 
     tokens: list[int]
     calls: dict[str, int]
     kv_bytes: dict[str, int]
     acceptance: float = 0.0
+    rounds: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def tokens_per_call(self) -> float:
@@ -126,7 +130,8 @@ def three_levels(
     report = triforce_generate(target, tiny, ids, new, gamma=gamma, **SIZES | options)
     calls = dict(tiny=report.tiny_calls, middle=report.middle.target_calls)
     calls["outer"] = report.outer.target_calls - 1
-    return Counted(report.tokens, calls, report.kv_bytes, report.outer.acceptance)
+    acceptance = report.outer.acceptance
+    return Counted(report.tokens, calls, report.kv_bytes, acceptance, report.rounds)
 
 
 @register("triforce", "text_lm with 1,900 tokens in its cache: three levels against one and none")
