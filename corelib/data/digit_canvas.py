@@ -22,7 +22,7 @@ An answer ends with ``.`` and is filled up to `ANSWER_WORDS` words with ``_``.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -171,11 +171,17 @@ def _uneven_paper(batch: int, height: int, width: int, generator: torch.Generato
     return F.interpolate(coarse, **options)[:, 0]
 
 
-def ask(labels: Int[Tensor, "B R C"], per_canvas: int, generator: torch.Generator) -> Questions:
-    """``per_canvas`` questions about each canvas, of kinds drawn evenly."""
+def ask(
+    labels: Int[Tensor, "B R C"],
+    per_canvas: int,
+    generator: torch.Generator,
+    kinds: Sequence[str] | None = None,
+) -> Questions:
+    """``per_canvas`` questions about each canvas, of ``kinds`` (all) drawn evenly."""
+    kinds = list(KINDS if kinds is None else kinds)
     rng = python_random(generator)
     asked = [
-        [question(rng.choice(list(KINDS)), canvas, rng) for _ in range(per_canvas)]
+        [question(rng.choice(kinds), canvas, rng) for _ in range(per_canvas)]
         for canvas in labels.tolist()
     ]
     B, cells = len(labels), labels[0].numel()

@@ -21,8 +21,9 @@ class VLMKind:
         "  (`corelib/data/digit_canvas.py`), digits of the train split, slightly turned and moved"
     )
     limits = (
-        "it answers six kinds of question of five words about canvases like these, and\n"
-        "  nothing else; it was guided to look at the cells that an answer rests on"
+        "it answers questions of five words about canvases like these, and nothing else.\n"
+        "  Of an answer to *where* it learnt the first word, the row, and not the second. In\n"
+        "  training it was guided to look at the cells that an answer rests on."
     )
     unit = "nats per word of an answer"
 
@@ -49,6 +50,7 @@ class VLMKind:
     def figures(self, model) -> dict[str, float]:
         """Right answers by kind, and patches recognised, for digits never seen."""
         right: dict[str, list[bool]] = {kind: [] for kind in canvas.KINDS}
+        rows: list[bool] = []
         seen, held = 0, 0
         for seed in range(8):
             canvases, asked = questions_of("test", model, 48, seed)
@@ -58,11 +60,15 @@ class VLMKind:
             for kinds, row in zip(asked.kinds, hit.tolist(), strict=True):
                 for kind, ok in zip(kinds, row, strict=True):
                     right[kind].append(ok)
+            first = (said == asked.answers)[..., 0].flatten().tolist()
+            kinds = [kind for row in asked.kinds for kind in row]
+            rows += [ok for ok, kind in zip(first, kinds, strict=True) if kind == "where"]
             labels = canvases.labels.flatten(1)
             known = model.vision.patch_head(found.features.patches).argmax(-1) == labels
             seen, held = seen + int(known[labels >= 0].sum()), held + int((labels >= 0).sum())
         every = [ok for row in right.values() for ok in row]
         shares = {f"right, {kind}": sum(row) / len(row) for kind, row in right.items()}
+        shares["first word right, where"] = sum(rows) / len(rows)
         return {"right answers": sum(every) / len(every), **shares, "patches known": seen / held}
 
     def shape(self, config: VLMConfig) -> str:

@@ -115,6 +115,8 @@ def test_questions_of_many_canvases():
             assert (said, cells) == solve(text, drawn.labels[b].tolist())
             assert asked.answers[b, n].tolist().count(canvas.STOP) == 1
     assert len({kind for row in asked.kinds for kind in row}) >= 5
+    only = ask(drawn.labels, 5, gen(5), kinds=["count", "read"]).kinds
+    assert {kind for row in only for kind in row} == {"count", "read"}
 
 
 def test_words_and_ids():
