@@ -31,7 +31,7 @@ Exact: the first ``k`` states after ``k`` rounds, everything after ``L``. In bet
 falls faster and faster where weights are small (``|w| <= 0.5``, as the layers keep them), and may
 grow without bound where they are not. Left out: the paper's language model around the cell.
 Cost: ``O(K L C)`` work, in ``O(K sqrt(L))`` calls on a CPU in place of ``O(L)``.
-Oracles: the sequential loop, ``torch.nn.GRU`` with diagonal matrices, ``torch.autograd.functional.jacobian``.
+Oracles: the sequential loop, ``torch.nn.GRU`` with diagonal matrices, automatic differentiation.
 """
 
 from __future__ import annotations
