@@ -44,44 +44,41 @@ def chunked(
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, log_decay, state, scale):
-        out, final = _rows_like(v), _rows_like(state)
         chunk = min(CHUNK, 1 << (q.shape[1] - 1).bit_length())
+        parts = [_cut(x, chunk, state.dtype) for x in (q, k, v, log_decay)]
+        out, final = torch.empty_like(parts[2]), torch.empty_like(state)
         keep, kept = any(ctx.needs_input_grad), []
-        for heads, stretches in _work(q, chunk):
+        for heads, slabs in _work(parts[0], len(q)):
             running = state[heads]
-            for rows in stretches:
-                parts = [_cut(x, heads, rows, chunk, state.dtype) for x in (q, k, v, log_decay)]
-                place = _place(out, heads, rows, chunk, state.dtype)
-                states = _forward(*parts, running, scale, place)
-                _put(out, place, heads, rows)
+            for at in slabs:
+                here = (None if x is None else x[at] for x in (*parts, out))
+                states = _forward(*here, running, scale)
                 running = states[:, -1]
                 if keep:
                     kept.append(states)
             final[heads] = running
         ctx.save_for_backward(q, k, v, log_decay, *kept)
         ctx.scale, ctx.chunk = scale, chunk
-        return out, final
+        return _join(out, v), final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, d_final):
         inputs, states = ctx.saved_tensors[:4], list(ctx.saved_tensors[4:])
-        grads = [None if x is None else _rows_like(x) for x in inputs]
-        d_state, dtype = _rows_like(d_final), d_final.dtype
-        for heads, stretches in reversed(list(_work(inputs[0], ctx.chunk))):
+        parts = [_cut(x, ctx.chunk, d_final.dtype) for x in (*inputs, d_out)]
+        grads = [None if x is None else torch.empty_like(x) for x in parts[:4]]
+        d_state = torch.empty_like(d_final)
+        for heads, slabs in reversed(list(_work(parts[0], len(d_final)))):
             running = d_final[heads]
-            for rows in reversed(stretches):
-                here = heads, rows, ctx.chunk, dtype
-                parts = [_cut(x, *here) for x in (*inputs, d_out)]
-                places = [_place(x, *here) for x in grads]
-                running = _backward(*parts, states.pop(), running, ctx.scale, places)
-                for grad, place in zip(grads, places, strict=True):
-                    _put(grad, place, heads, rows)
+            for at in reversed(slabs):
+                here = (None if x is None else x[at] for x in (*parts, *grads))
+                running = _backward(*here, states.pop(), running, ctx.scale)
             d_state[heads] = running
-        return *grads, d_state, None
+        joined = [None if x is None else _join(x, y) for x, y in zip(grads, inputs, strict=True)]
+        return *joined, d_state, None
 
 
-def _forward(q, k, v, log_decay, state, scale, out) -> Tensor:
+def _forward(q, k, v, log_decay, out, state, scale) -> Tensor:
     """Chunks ``q (heads * chunks, C, K)`` and ``state (heads, K, V)``: fills ``out``.
 
     Returns the states before each chunk and after the last, ``(heads, chunks + 1, K, V)``.
@@ -98,8 +95,8 @@ def _forward(q, k, v, log_decay, state, scale, out) -> Tensor:
     return states
 
 
-def _backward(q, k, v, log_decay, d_out, states, d_state, scale, places) -> Tensor:
-    """Fills ``places`` with gradients; returns that of the state before the first chunk.
+def _backward(q, k, v, log_decay, d_out, d_q, d_k, d_v, d_decay, states, d_state, scale) -> Tensor:
+    """Fills the gradients of the inputs; returns that of the state before the first chunk.
 
     ``states``: of `_forward`; ``d_state``: of the last of them.
     """
@@ -112,7 +109,6 @@ def _backward(q, k, v, log_decay, d_out, states, d_state, scale, places) -> Tens
     for before, after, total in zip(steps[-2::-1], steps[:0:-1], totals[::-1]):
         before.addcmul_(total, after)
     d_afters = d_states[:, 1:].flatten(0, 1)
-    d_q, d_k, d_v, d_decay = places
     torch.bmm(here.scores.mT, d_out, out=d_v).baddbmm_(here.write, d_afters)
     torch.bmm(d_out, states[:, :-1].flatten(0, 1).mT, out=d_q)
     torch.bmm(v, d_afters.mT, out=d_k)
@@ -142,54 +138,29 @@ def _decay(q, k, log_decay, keep=False) -> ChunkDecay | StrongHeadDecay | NoDeca
     return ChunkDecay(q, k, log_decay, width, keep)
 
 
-def _rows_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _work(chunks: Tensor, heads: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Heads, and for each group of them slabs of chunks: whole heads, or parts of one."""
+    count = len(chunks) // heads
+    each = max(1, SLAB // (chunks.shape[1] * chunks.shape[2]))  # chunks in a slab
+    group = min(heads, max(1, each // count))
+    for first in range(0, heads, group):
+        last = min(first + group, heads)
+        bounds = first * count, last * count
+        each = each if group == 1 else bounds[1] - bounds[0]
+        slabs = [slice(at, min(at + each, bounds[1])) for at in range(*bounds, each)]
+        yield slice(first, last), slabs
 
 
-def _work(q: Tensor, chunk: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Heads, and for each group of them stretches of rows.
-
-    Either several heads at their whole length or parts of one head: both are rows without gaps.
-    """
-    N, L, K = q.shape
-    count = -(-L // chunk)
-    group = max(1, SLAB // (count * chunk * K))
-    each = chunk * (count if group > 1 else max(1, SLAB // (chunk * K)))
-    stretches = [slice(at, min(at + each, L)) for at in range(0, L, each)]
-    for first in range(0, N, group):
-        yield slice(first, min(first + group, N)), stretches
-
-
-def _cut(
-    x: Tensor | None, heads: slice, rows: slice, chunk: int, dtype: torch.dtype
-) -> Tensor | None:
-    """A stretch of ``x (N, L, ...)`` in chunks ``(heads * chunks, chunk, ...)``, zeros behind."""
+def _cut(x: Tensor | None, chunk: int, dtype: torch.dtype) -> Tensor | None:
+    """``x (N, L, ...)`` in chunks ``(N * chunks, chunk, ...)``, zeros behind each row's end."""
     if x is None:
         return None
-    x = x[heads, rows].to(dtype)
     if missing := -x.shape[1] % chunk:
-        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
-    return x.reshape(-1, chunk, *x.shape[2:])
+        x = F.pad(x, (0, 0, 0, missing))
+    return x.to(dtype).reshape(-1, chunk, x.shape[2])
 
 
-def _place(
-    target: Tensor | None, heads: slice, rows: slice, chunk: int, dtype: torch.dtype
-) -> Tensor | None:
-    """As `_cut`, to write into: ``target`` itself where the stretch is whole chunks."""
-    if target is None:
-        return None
-    place = target[heads, rows]
-    whole = place.shape[1] % chunk == 0 and place.dtype == dtype
-    if whole and place.is_contiguous():
-        return place.view(-1, chunk, place.shape[2])
-    count = len(place) * -(-place.shape[1] // chunk)
-    return target.new_empty(count, chunk, place.shape[2], dtype=dtype)
-
-
-def _put(target: Tensor | None, chunks: Tensor | None, heads: slice, rows: slice) -> None:
-    """Copies to where `_place` was not of the target itself."""
-    if target is None:
-        return
-    place = target[heads, rows]
-    if chunks.data_ptr() != place.data_ptr():
-        place.copy_(chunks.reshape(len(place), -1, place.shape[2])[:, : place.shape[1]])
+def _join(chunks: Tensor, like: Tensor) -> Tensor:
+    """What `_cut` has cut: the shape and the dtype of ``like``."""
+    N, L, width = like.shape
+    return chunks.view(N, -1, width)[:, :L].to(like.dtype).contiguous()
