@@ -194,13 +194,15 @@ def paint(
     schedule: Schedule,
     steps: int,
     *,
+    eta: float = 0.0,
     paste_final: bool = True,
     clip: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """`sample` where ``mask`` is False; where it is True the result is ``known``.
 
-    After each step the known pixels are put back, with fresh noise of the level reached.
+    After each step the known pixels are put back, with fresh noise of the level reached. With
+    ``eta=1`` the rest gets fresh noise as well, and comes to agree with them better.
     ``paste_final=False`` leaves out the last time, at level 0, as some released samplers do: then
     the overlap is nearly ``known``.
     """
@@ -215,7 +217,8 @@ def paint(
         return torch.where(mask, noised, x)
 
     start = overwrite(noise, schedule.last)
-    return sample(denoiser, start, schedule, steps, clip=clip, after=overwrite)
+    options = dict(eta=eta, clip=clip, generator=generator)
+    return sample(denoiser, start, schedule, steps, **options, after=overwrite)
 
 
 def gaussian_denoiser(

@@ -19,7 +19,7 @@ Exact: with reordered positions the grid model *is* the model with full attentio
 frames, up to the order of its patches. Approximate: known rows enter a rollout as noised pixels
 (`diffusion.paint`), the model is not told which they are. Different: pixels instead of the latents
 of an autoencoder, a net that predicts velocities, classes with guidance where the paper's models
-have none, DDIM. Known rows are noised to the level just reached; the released code noises them to
+have none. Known rows are noised to the level just reached; the released code noises them to
 the level before and does not paste them at the end (``paste_final=False``). It also adds the
 positions in the order of the frames to patches in raster order (``reorder=False`` in `pos3d`):
 still one code for each place, so it trains, but neighbours in the code are no neighbours in time.
@@ -167,6 +167,7 @@ def rollout(
     steps: int,
     *,
     columns: int = 4,
+    eta: float = 1.0,
     paste_final: bool = True,
     clip: float | None = 1.0,
     generator: torch.Generator | None = None,
@@ -176,6 +177,7 @@ def rollout(
     Args:
         denoiser: of grids with as many frames as ``first``.
         rows_known: 0 gives grids that know nothing of each other.
+        eta: 1 is the ancestral sampler of the released code, 0 DDIM, see `diffusion.step_down`.
         passes: grids to sample; each adds ``T - rows_known * columns`` frames.
         paste_final: known rows end as what they were, bit for bit.
 
@@ -188,7 +190,7 @@ def rollout(
     mask = torch.zeros(1, 1, rows * h, 1, dtype=torch.bool)
     mask[:, :, : rows_known * h] = True
     kept, out = rows_known * columns, first
-    options = dict(paste_final=paste_final, clip=clip, generator=generator)
+    options = dict(eta=eta, paste_final=paste_final, clip=clip, generator=generator)
     for _ in range(passes):
         noise = torch.randn(B, c, rows * h, columns * w, generator=generator, dtype=first.dtype)
         last = out[:, out.shape[1] - kept :]

@@ -127,10 +127,11 @@ def test_only_known_rows_are_looked_at():
     assert torch.equal(roll(first, 1)[:, 6:], roll(other, 1)[:, 6:])
 
 
-def test_rollout_equals_the_loop():
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_rollout_equals_the_loop(eta):
     """One pass, step by step, with its own paste."""
     first = frames_of(1, 6, 1, 3, 3).clamp(-1, 1)
-    got = roll(first, 1, 1)
+    got = roll(first, 1, 1, eta=eta)
     generator = torch.Generator().manual_seed(0)
     draw = lambda: torch.randn(1, 1, 9, 6, generator=generator, dtype=torch.float64)  # noqa: E731
     known = gridit.to_grid(torch.cat([first[:, 4:], torch.zeros_like(first[:, :4])], 1), 2)
@@ -138,7 +139,8 @@ def test_rollout_equals_the_loop():
     for t, s in ((20, 15), (15, 10), (10, 5), (5, 0)):
         a, b = (float(p[t]) for p in SCHEDULE)
         x[:, :, :3] = (a * known + b * draw())[:, :, :3]
-        x = diffusion.step_down(SCHEDULE, x, smoother(x, None), t, s, clip=1.0)
+        noise, eps = draw() if eta else None, smoother(x, None)
+        x = diffusion.step_down(SCHEDULE, x, eps, t, s, clip=1.0, eta=eta, noise=noise)
     want = gridit.from_grid(x, 3, 2)[:, 2:]
     torch.testing.assert_close(got[:, 6:], want, atol=1e-12, rtol=0)
 
