@@ -56,9 +56,9 @@ def _power(growth, turns, t, TERMS: tl.constexpr):
     square = angle * angle
     sine, cosine = square * 0.0 + 1.0, square * 0.0 + 1.0
     for back in tl.static_range(TERMS):
-        n = 2 * (TERMS - back)
-        cosine = 1.0 - square * cosine * (1.0 / ((n - 1) * n))
-        sine = 1.0 - square * sine * (1.0 / (n * (n + 1)))
+        # a name for 2 (TERMS - back) would make it a tensor, and the quotients float32
+        cosine = 1.0 - square * cosine * (0.5 / ((TERMS - back) * (2 * (TERMS - back) - 1)))
+        sine = 1.0 - square * sine * (0.5 / ((TERMS - back) * (2 * (TERMS - back) + 1)))
     sine = sine * angle
     swapped, negative_real, negative_imag = quarter & 1, (quarter + 1) & 2, quarter & 2
     real, imag = tl.where(swapped != 0, sine, cosine), tl.where(swapped != 0, cosine, sine)
