@@ -34,7 +34,8 @@ from . import Row, register, rows
 
 RUNS = pathlib.Path(__file__).with_suffix(".json")
 TASK = ClockWalk()
-STEPS, SEEDS, LR = 80, range(5), 2e-3
+STEPS, SEEDS, LR = 80, range(9), 2e-3
+FRESH = range(5, 9)  # seeds that ran after `while_learning` had been chosen on the others
 #: Name -> objective, and how the temperature follows the entropies (None: it stays 1).
 METHODS: dict[str, tuple[Objective, Callable | None]] = {
     "GRPO": (grpo, None),
