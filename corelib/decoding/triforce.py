@@ -31,8 +31,8 @@ Different: after a rejection the released middle loop draws from m instead of th
 tokens then do not have the law m, and the output's law is off (`from_middle`); ours draws from the
 residual. Ours reads one token and its successor in a middle call, the released one always
 ``gamma + 1`` slots, for CUDA graphs. Left out: CUDA graphs, offloading, trees of guesses.
-Cost, for each ``gamma`` or so tokens: one read of the whole cache, about as many of ``budget``
-positions as there are middle calls (at least ``gamma / 2``), and of the tiny model's few.
+Cost, for each ``gamma`` or so tokens: one read of the whole cache, and ``gamma / 2`` to ``gamma``
+reads of ``budget`` positions and of the tiny model's few.
 Oracle: enumeration of the output's law; plain greedy decoding; compare ``utils/decoding.py`` and
 ``models/cache.py`` of Infini-AI-Lab/TriForce.
 """
@@ -130,17 +130,13 @@ def chain_drafter(
                 cache.crop(len(so_far) + kept)
             drawn += [*guess.tokens[:kept], emitted]
             laws.append(law(logits)[: kept + 1])
-            _note(report, guess, kept, feed)
+            counts = (len(guess.tokens), kept, len(feed))
+            for column, entry in zip((report.drafted, report.accepted, report.fed), counts):
+                column.append(entry)
         drawn = drawn[:most]
         return Draft(drawn, torch.cat(laws)[: len(drawn)] if laws else None)
 
     return draft
-
-
-def _note(report: DecodeReport, guess: Draft, kept: int, feed: list[int]) -> None:
-    report.drafted.append(len(guess.tokens))
-    report.accepted.append(kept)
-    report.fed.append(len(feed))
 
 
 def from_middle(law: Law, chooser: Chooser | None) -> Verifier:

@@ -9,6 +9,7 @@ import torch
 
 from corelib.decoding import shared
 from corelib.decoding.shared import (
+    AttentiveModel,
     DecodeReport,
     Draft,
     TabularModel,
@@ -128,6 +129,14 @@ def test_tabular_model_continues_a_cache():
     torch.testing.assert_close(parts, whole)
     cache.crop(3)
     torch.testing.assert_close(model(ids[:, 3:], cache), whole[:, 3:])
+
+
+def test_attentive_model_continues_a_cache_and_reads_all_of_it():
+    model, ids, cache = AttentiveModel(4, seed=1), torch.tensor([[0, 3, 1, 2, 2]]), DenseCache()
+    parts = torch.cat([model(ids[:, :2], cache), model(ids[:, 2:], cache)], 1)
+    torch.testing.assert_close(parts, model(ids))
+    other = model(torch.tensor([[1, 3, 1, 2, 2]]))
+    assert (other[:, -1] - parts[:, -1]).abs().max() > 1e-3
 
 
 # --- the loop: laws -------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ pytestmark = [
 
 def test_text_lm_writes_the_same():
     target, tiny = (zoo.load(name, dtype=torch.float64) for name in ("text_lm", "draft_lm"))
-    ids, new = held_out_prompt(300), 16
+    ids, new = held_out_prompt(200), 12
     expected = plain(target, ids, new)
     assert expected.calls == {"tiny": 0, "middle": 0, "outer": new - 1}
     options = dict(gamma=4, budget=64, recent=32)
