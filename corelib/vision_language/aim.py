@@ -14,6 +14,7 @@ a schedule over depth by how much attention it receives. Nothing is trained.
 | l1, l2      | l_1, l_2         | first layer that prunes, first that sees no vision token   |
 | shares      | A                | ``(B, H, L, L)``, softmax over keys                        |
 | iters       | –                | steps of PageRank: 1                                       |
+| most        | –                | share that a pass of merging may remove: 0.5 as in ToMe    |
 
 Exact: ``ratio=1`` with ``l1`` at the number of layers is the model unchanged; merging keeps the sum
 of what is merged. Approximate: all else. Text is never pruned, and a token keeps the position of
@@ -113,10 +114,10 @@ def aim_pruner(counts: list[int], iters: int = 1) -> Pruner:
     return prune
 
 
-def merge_prompt(prompt: Prompt, ratio: float) -> tuple[Prompt, Merged]:
+def merge_prompt(prompt: Prompt, ratio: float, *, most: float = 0.5) -> tuple[Prompt, Merged]:
     """``prompt`` with its vision tokens merged to a share ``ratio``; each keeps its position."""
     first, last = prompt.first, prompt.first + prompt.vision
-    merged = merge_to_ratio(prompt.x[:, first:last], ratio)
+    merged = merge_to_ratio(prompt.x[:, first:last], ratio, most=most)
     shorter = prompt.keep(merged.place)
     x = torch.cat([prompt.x[:, :first], merged.x, prompt.x[:, last:]], 1)
     return Prompt(x, shorter.positions, shorter.places, first, prompt.end), merged
@@ -131,8 +132,11 @@ def aim_prefill(
     l1: int = 14,
     l2: int = 22,
     iters: int = 1,
+    most: float = 0.5,
 ) -> Prefilled:
     """Read ``prompt`` by AIM: merge to ``ratio``, then prune on the schedule from ``l1`` to ``l2``.
+
+    ``most``: the share of the tokens that one pass of merging may remove (`merge_to`).
 
     ``model``, ``cache``: see `shared.prefill`. Set ``l1`` and ``l2`` to the depth of your model:
     the defaults are for 28 layers. Raises ``ValueError`` for a ratio, layers or steps that make no
@@ -140,7 +144,7 @@ def aim_prefill(
     """
     _check_iters(iters)
     shares = piecewise_schedule(len(model.layers), l1, l2)
-    prompt, _ = merge_prompt(prompt, ratio)
+    prompt, _ = merge_prompt(prompt, ratio, most=most)
     counts = [round(share * prompt.vision) for share in shares]
     if counts[0] < prompt.vision:  # no layer has looked yet: all or nothing
         prompt = prompt.keep(prompt.places[:, :0])

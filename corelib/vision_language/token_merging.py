@@ -60,25 +60,39 @@ def tome_merge(
     return Merged(sums / sizes[..., None], sizes, source, place)
 
 
-def merge_to(x: Float[Tensor, "B N C"], n: int, size: Float[Tensor, "B N"] | None = None) -> Merged:
-    """Passes of `tome_merge` until ``n`` tokens are left.
+def merge_to(
+    x: Float[Tensor, "B N C"],
+    n: int,
+    size: Float[Tensor, "B N"] | None = None,
+    *,
+    most: float = 0.5,
+) -> Merged:
+    """Passes of `tome_merge` until ``n`` tokens are left; each removes a share ``most`` at most.
 
-    Raises ``ValueError`` unless ``1 <= n <= N``.
+    A pass that removes half has to merge *every* token of its set A, also those that are like no
+    other. Smaller shares take more passes, each of which takes the most similar pairs only. Raises
+    ``ValueError`` unless ``1 <= n <= N`` and ``0 < most <= 0.5``.
     """
-    B, N, _ = x.shape
+    N = x.shape[1]
     if not 1 <= n <= N:
         raise ValueError(f"n: expected 1 to {N} tokens, got {n}")
+    if not 0 < most <= 0.5:
+        raise ValueError(f"most: expected more than 0 and at most 0.5, got {most}")
     found = tome_merge(x, 0, size)
     while found.x.shape[1] > n:
         left = found.x.shape[1]
-        step = tome_merge(found.x, min(left - n, left // 2), found.size)
+        step = tome_merge(found.x, min(left - n, max(1, int(most * left))), found.size)
         source, place = step.source.gather(1, found.source), found.place.gather(1, step.place)
         found = Merged(step.x, step.size, source, place)
     return found
 
 
 def merge_to_ratio(
-    x: Float[Tensor, "B N C"], ratio: float, size: Float[Tensor, "B N"] | None = None
+    x: Float[Tensor, "B N C"],
+    ratio: float,
+    size: Float[Tensor, "B N"] | None = None,
+    *,
+    most: float = 0.5,
 ) -> Merged:
     """`merge_to` a share ``ratio`` of the tokens, rounded, and at least one.
 
@@ -86,7 +100,7 @@ def merge_to_ratio(
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio: expected more than 0 and at most 1, got {ratio}")
-    return merge_to(x, max(1, round(ratio * x.shape[1])), size)
+    return merge_to(x, max(1, round(ratio * x.shape[1])), size, most=most)
 
 
 def proportional_attention(

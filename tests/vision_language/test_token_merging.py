@@ -78,6 +78,17 @@ def test_a_ratio_of_one_changes_nothing_and_a_quarter_takes_two_passes():
     torch.testing.assert_close(merge_to_ratio(x, 0.25).x, quarter.x, **EXACT)
 
 
+def test_small_passes_spare_what_is_like_no_other():
+    """Passes of half merge all of set A; smaller ones merge copies first."""
+    x = torch.eye(8).double()[[0, 0, 1, 0, 2, 0, 0, 0, 3, 0, 0, 0]][None]
+    alone = [0, 2, 4, 8]  # on the side of A
+    coarse, fine = merge_to(x, 6), merge_to(x, 6, most=0.1)
+    for found, spared in ((coarse, 0), (fine, 3)):
+        single = found.size.gather(1, found.source)[0] == 1
+        assert int(single[alone].sum()) == spared
+        torch.testing.assert_close((found.size[..., None] * found.x).sum(1), x.sum(1), **EXACT)
+
+
 def test_gradients_are_those_of_means():
     x = tokens(1, 4, 3).requires_grad_()
     torch.autograd.gradcheck(lambda x: merge_to(x, 2).x, (x,))
@@ -116,6 +127,8 @@ def test_bad_input_is_named():
         tome_merge(x, 6)
     with pytest.raises(ValueError, match="n: expected 1 to 11 tokens, got 0"):
         merge_to(x, 0)
+    with pytest.raises(ValueError, match="most: expected more than 0 and at most 0.5, got 0.6"):
+        merge_to(x, 3, most=0.6)
     with pytest.raises(ValueError, match="ratio: expected more than 0"):
         merge_to_ratio(x, 0.0)
     q = torch.zeros(1, 1, 2, 4)

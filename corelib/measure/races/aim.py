@@ -48,8 +48,8 @@ def unpruned() -> Way:
     return Way(lambda model, prompt: prefill(model, prompt, DenseCache()))
 
 
-def by_aim(ratio: float, l1: int, l2: int) -> Way:
-    options = dict(ratio=ratio, l1=l1, l2=l2)
+def by_aim(ratio: float, l1: int, l2: int, most: float = 0.5) -> Way:
+    options = dict(ratio=ratio, l1=l1, l2=l2, most=most)
     return Way(lambda model, prompt: aim_prefill(model, prompt, DenseCache(), **options), None)
 
 
@@ -69,15 +69,15 @@ def by_chance(ratio: float) -> Way:
     return Way(lambda model, prompt: prefill(model, thin(prompt, ratio), DenseCache()))
 
 
-#: Name -> ways from light to heavy. Six layers; what the third layer has read may go.
+#: Name -> ways from light to heavy. Six layers; most is read in the third.
 CONTESTANTS: dict[str, list[Way]] = {
-    "AIM": [by_aim(r, *ls) for r, ls in (
-        (0.04, (2, 4)), (0.08, (2, 4)), (0.15, (2, 4)), (0.25, (2, 4)), (0.5, (2, 4)), (1.0, (2, 5))
-    )],
-    "FastV": [by_fastv(ratio) for ratio in (0.0, 0.05, 0.15, 0.4, 0.75)],
-    "pooling": [by_pooling(side) for side in (6, 4, 3, 2)],
-    "chance": [by_chance(ratio) for ratio in (0.05, 0.15, 0.3, 0.6)],
-}  # fmt: skip
+    "AIM, passes of a quarter": [by_aim(r, 2, 4, 0.25) for r in (0.04, 0.08, 0.15, 0.3, 0.6)],
+    "AIM, passes of half": [by_aim(r, 2, 4) for r in (0.08, 0.15, 0.3, 0.6)],
+    "FastV, 2 layers": [by_fastv(r) for r in (0.0, 0.1, 0.5)],
+    "FastV, 3 layers": [by_fastv(r, after=2) for r in (0.0, 0.25)],
+    "pooling": [by_pooling(side) for side in (4, 3, 2)],
+    "chance": [by_chance(r) for r in (0.08, 0.25, 0.6)],
+}
 
 
 #: What the model has learnt: of an answer to "where" it knows the row only.
