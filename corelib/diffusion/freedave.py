@@ -32,9 +32,10 @@ decoding accepts a draft that is a *subset* of its target, which is faster and n
 threshold decoding is verified like the rest. Drafts end with their block; without a cache the call
 that fills a block already answers for the next one. One text at a time.
 Layouts: ``"batch"`` makes the drafts rows of a batch behind a repeated cache, ``"tree"`` puts them
-into one row in which each sees the cached prefix and itself (an interval each, by a dense mask
-here). Cost: up to ``D`` times the positions of a static call; it pays where a call costs the same
-whatever it holds, which is so on a GPU that waits for its weights, not on one CPU core.
+into one row in which each sees the cached prefix and itself, an interval each: two dense
+attentions merged by their log-sum-exps, so that `flash_attention` is its kernel.
+Cost: up to ``D`` times the positions of a static call; it pays where a call costs less than it
+holds, as on a GPU that waits for its weights, and less so on one CPU core.
 Oracle: the static decoder. Compare ``generation/core.py`` of cychomatica/FreeDave.
 No `nn.Module`: the net stays as it is.
 """

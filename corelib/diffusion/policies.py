@@ -85,20 +85,21 @@ neg_entropy = Ranked(lambda view: -entropy(view))
 left_to_right = Ranked(_earliness)
 
 
-def random_order(chooser: Callable[[Tensor], Tensor]) -> Policy:
-    """Any ``quota`` open slots, picked one by one by ``chooser`` from a uniform law."""
+class RandomOrder:
+    """Commits any ``quota`` open slots, picked one by one by ``chooser`` from a uniform law."""
 
-    def policy(view):
+    def __init__(self, chooser: Callable[[Tensor], Tensor]):
+        self.chooser = chooser
+
+    def __call__(self, view: View) -> Bool[Tensor, "B n"]:
         left, take = view.open.clone(), torch.zeros_like(view.open)
         for _ in range(view.quota):
             busy = left.any(1, keepdim=True)
             law = torch.where(busy, left, True).to(view.law.dtype)
-            pick = chooser(law / law.sum(1, keepdim=True))
+            pick = self.chooser(law / law.sum(1, keepdim=True))
             take |= busy & F.one_hot(pick, left.shape[1]).bool()
             left &= ~take
         return take
-
-    return policy
 
 
 def threshold(tau: float = 0.9) -> Policy:
@@ -148,9 +149,9 @@ def entropy_bound(g: float = 0.1) -> Policy:
     return policy
 
 
-#: Name -> how to make it. `random_order` needs a chooser, the adaptive ones their bound.
+#: Name -> how to make it. `RandomOrder` needs a chooser, the adaptive ones their bound.
 POLICIES: dict[str, Callable[..., Policy]] = {
-    "random": random_order,
+    "random": RandomOrder,
     "left_to_right": lambda: left_to_right,
     "max_prob": lambda: max_prob,
     "margin": lambda: margin,

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..diffusion.shared import MaskedDiffusion, hide
-from ..primitives import attention, masked_attention_reference
+from ..primitives import attention, merge_partials
 from .cache import DenseCache
 from .decoder import Decoder
 from .mixture import text_rows, token_stream
@@ -44,7 +44,8 @@ class DraftTree(DenseCache):
     """A cached prefix, and behind it ``copies`` of the same stretch that do not see each other.
 
     What `append` is given are the copies, one behind the other, in one row; each query sees the
-    prefix and its own copy, an interval each. ``prefix`` is a cache, which stays as it is.
+    prefix and its own copy, an interval each: two dense attentions, merged. The prefix is read
+    once for all copies. ``prefix`` is a cache, which stays as it is.
     """
 
     def __init__(self, prefix: DenseCache | None, copies: int):
@@ -56,12 +57,26 @@ class DraftTree(DenseCache):
         self, layer: int, q: Float[Tensor, "B H n D"], *, scale: float | None = None
     ) -> Float[Tensor, "B H n D"]:
         k, v = self.layers[layer]
-        visible = tree_mask(self.start, self.copies, q.shape[2] // self.copies).to(q.device)
-        return masked_attention_reference(q, k, v, visible, scale=scale)
+        own = (self._apart(t) for t in (q, k[:, :, self.start :], v[:, :, self.start :]))
+        out, lse = attention(*own, causal=False, scale=scale, return_lse=True)
+        out, lse = self._in_a_row(out), self._in_a_row(lse)
+        if not self.start:
+            return out
+        shared = (t[:, :, : self.start] for t in (k, v))
+        before = attention(q, *shared, causal=False, scale=scale, return_lse=True)
+        return merge_partials(*before, out, lse)[0]
+
+    def _apart(self, t: Float[Tensor, "one H n D"]) -> Float[Tensor, "copies H length D"]:
+        """A copy a row."""
+        return t[0].unflatten(1, (self.copies, -1)).transpose(0, 1)
+
+    def _in_a_row(self, t: Float[Tensor, "copies H *length"]) -> Float[Tensor, "one H *n"]:
+        """The copies one behind the other again."""
+        return t.transpose(0, 1).flatten(1, 2)[None]
 
 
 def tree_mask(prefix: int, copies: int, length: int) -> Bool[Tensor, "1 1 L S"]:
-    """Row ``i`` sees ``[0, prefix)`` and the interval of its own copy of ``length`` positions."""
+    """What `DraftTree` lets see: ``[0, prefix)`` and the own copy of ``length`` positions."""
     copy = torch.arange(copies).repeat_interleave(length)
     own = copy[:, None] == copy
     return torch.cat([torch.ones(len(copy), prefix, dtype=torch.bool), own], 1)[None, None]

@@ -71,10 +71,10 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("draft_steps", [1, 2, 5, 16])
-def test_tokens_and_order_are_those_of_the_static_decoder(name, draft_steps):
-    for seed in (0, 1):
-        static, free = both(small_net(seed=seed), prompt(), 8, draft_steps, **OPTIONS[name])
+def test_tokens_and_order_are_those_of_the_static_decoder(name):
+    for draft_steps in (1, 4):
+        net = small_net(seed=draft_steps)
+        static, free = both(net, prompt(), 8, draft_steps, **OPTIONS[name])
         if draft_steps == 1:
             assert free.nfe == static.nfe and free.call_map.equal(static.step_map)
 
@@ -123,7 +123,7 @@ def test_calls_never_rise_with_more_drafts_of_an_exact_net():
 
 
 def test_random_laws_of_short_texts():
-    for seed in range(12):
+    for seed in range(6):
         weights = torch.randn(3, 3, 3, 3, generator=gen(seed), dtype=torch.float64).mul(2).exp()
         net = tabular.TabularDenoiser(weights / weights.sum())
         given = torch.zeros(1, 0, dtype=torch.long)
@@ -132,6 +132,7 @@ def test_random_laws_of_short_texts():
 
 def test_every_call_takes_a_step_and_fed_counts_the_drafts():
     net = small_net()
+    assert both(net, prompt(), 6, 16)[1].nfe <= 6
     static, free = both(net, prompt(), 6, 3)
     steps = free.call_map.flatten().bincount(minlength=free.nfe)
     assert len(steps) == free.nfe and (steps >= 1).all() and steps.sum() == 6

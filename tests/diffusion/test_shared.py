@@ -128,7 +128,7 @@ def test_one_slot_a_step_samples_the_exact_joint(order):
 
     def decoder(chooser):
         policy = (
-            policies.left_to_right if order == "left_to_right" else policies.random_order(chooser)
+            policies.left_to_right if order == "left_to_right" else policies.RandomOrder(chooser)
         )
         engine = MaskedDiffusion(net, net.mask_id)
         return engine.decode(empty(), 3, policy=policy, chooser=chooser).tokens
@@ -150,7 +150,7 @@ def test_two_slots_in_one_step_sample_the_product_of_marginals():
 
 
 def all_policies():
-    made = {"random": policies.random_order(sampler(0))}
+    made = {"random": policies.RandomOrder(sampler(0))}
     made |= {n: policies.make_policy(n) for n in policies.POLICIES if n != "random"}
     return made
 

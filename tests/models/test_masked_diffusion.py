@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from corelib.models import masked_diffusion, train, zoo
+from corelib.models.cache import DenseCache
 from corelib.models.decoder import Decoder, DecoderConfig
 from corelib.models.diffusion_figures import (
     copying,
@@ -18,6 +19,7 @@ from corelib.models.diffusion_figures import (
 )
 from corelib.models.kinds import find_kind
 from corelib.models.masked_diffusion import (
+    DraftTree,
     MaskedDiffusionLM,
     bound_bits,
     diffusion_rows,
@@ -27,6 +29,7 @@ from corelib.models.masked_diffusion import (
 from corelib.models.ngram import WittenBell
 from corelib.models.recipes import RECIPES, Recipe, Stage, from_dict
 from corelib.models.tokenizer import load_tokenizer
+from corelib.primitives import masked_attention_reference
 
 CONFIG = DecoderConfig(width=16, layers=2, heads=2, kv_heads=1, head_width=8, hidden=24)
 TINY = Recipe(
@@ -88,6 +91,18 @@ def test_the_tree_mask_is_a_prefix_and_an_interval():
     mask = tree_mask(2, 3, 2)[0, 0].long().tolist()
     assert mask[0] == mask[1] == [1, 1, 1, 1, 0, 0, 0, 0]
     assert mask[2] == [1, 1, 0, 0, 1, 1, 0, 0] and mask[5] == [1, 1, 0, 0, 0, 0, 1, 1]
+
+
+def test_merged_intervals_are_attention_under_the_tree_mask():
+    for prefix in (0, 5):
+        cache = DenseCache()
+        cache.layers = {0: tuple(torch.randn(2, 1, 2, prefix, 8, generator=gen(1)).double())}
+        tree = DraftTree(cache if prefix else None, 3)
+        q = torch.randn(1, 4, 6, 8, generator=gen(2)).double()
+        tree.append(0, *torch.randn(2, 1, 2, 6, 8, generator=gen(3)).double())
+        mask = tree_mask(prefix, 3, 2)
+        expected = masked_attention_reference(q, *tree.layers[0], mask)
+        torch.testing.assert_close(tree.attend(0, q), expected, rtol=0, atol=1e-12)
 
 
 def test_rows_of_text_and_of_repeats(short_stream):
