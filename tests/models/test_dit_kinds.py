@@ -11,7 +11,7 @@ import torch
 from corelib.data.moving_digits import moving_digits, shrink
 from corelib.generation import diffusion
 from corelib.generation.gridit import GridConfig, SRConfig, from_grid
-from corelib.models import dit_kinds, kinds, recipes
+from corelib.models import dit_kinds, kinds, recipes, zoo
 from corelib.models.recipes import Recipe, Stage, from_dict
 from corelib.models.train import Trainer
 
@@ -93,6 +93,34 @@ def test_samples_are_clips():
     model = dit_kinds.GridKind().build(GRIDS.config, 0)
     frames = dit_kinds.sample_grids(model, torch.tensor([1, 2]), steps=2)
     assert frames.shape == (2, 16, 12, 12) and frames.min() >= 0 and frames.max() <= 1
+
+
+def test_grid_dit_still_makes_digits_that_fly():
+    """A sample of what its card says, made again from the stored weights."""
+    label = torch.arange(10)
+    found = dit_kinds.clip_figures(
+        dit_kinds.sample_grids(zoo.load("grid_dit"), label, steps=10, guidance=2.0), label
+    )
+    card = zoo.figures("grid_dit")["figures"]
+    assert card["frames of the class"] > 0.9 and found["frames of the class"] > 0.75
+    assert found["distance to the nearest digit"] < 2 * card["distance to the nearest digit"]
+    assert 0.3 < found["pixels a frame"] < 1.0
+
+
+def test_frame_sr_still_beats_interpolation():
+    found = dit_kinds.FrameKind().figures(zoo.load("frame_sr"))
+    assert found["mean squared error"] < 0.5 * found["mean squared error, bilinear"]
+
+
+@pytest.mark.parametrize("name", ["grid_dit", "frame_sr"])
+def test_the_card_says_what_a_user_needs(name):
+    card = zoo.card(name)
+    for word in ("Data", "Training", f"models.train {name}", "Known limits", "minutes"):
+        assert word in card
+    curve = zoo.figures(name)["curve"]
+    assert curve[-1]["step"] == recipes.RECIPES[name].steps
+    assert curve[-1]["valid"] < curve[0]["valid"]
+    assert zoo.load(name).config == recipes.RECIPES[name].config
 
 
 @pytest.mark.parametrize("name", ["grid_dit", "frame_sr"])
