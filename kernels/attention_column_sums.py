@@ -38,7 +38,8 @@ __all__ = ["attention_column_sums", "column_sum_bytes"]
 MAX_WIDTH = 256
 ROWS, KEYS = 64, 64  # queries in a tile, keys of a program
 SLICE = {2: 64, 4: 32}  # itemsize -> channels multiplied at a time
-OPTIONS = {"num_warps": 8, "num_stages": 2}  # with 4, registers run out on sm_100
+OPTIONS = {"num_warps": 4, "num_stages": 2}
+WIDE_OPTIONS = {"num_warps": 8, "num_stages": 1}  # products in float32: registers run out with 2
 LOG2_E = math.log2(math.e)
 
 
@@ -107,7 +108,8 @@ def attention_column_sums(
     lse = lse.float().contiguous()
     if weights is not None:
         weights = weights.float().expand(B, H, L).contiguous()
-    options = {} if is_interpreted(_column_sums_kernel) else OPTIONS
+    options = WIDE_OPTIONS if q.itemsize == 4 else OPTIONS
+    options = {} if is_interpreted(_column_sums_kernel) else options
     scale = D**-0.5 if scale is None else float(scale)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         _column_sums_kernel[(-(-S // KEYS), B * H)](
@@ -180,7 +182,7 @@ def _specialisation(dtype: str, width: int, weighted: bool) -> Specialisation:
         },
         divisible=strides,
         overrides={"gfx942": {"constexprs": {"PRECISION": "ieee"}}},
-        **OPTIONS,
+        **(WIDE_OPTIONS if dtype == "fp32" else OPTIONS),
     )  # fmt: skip
 
 
