@@ -39,8 +39,24 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .diffusion import Denoiser, Schedule, guided, noise_from_velocity, paint, sample
+from .diffusion import Denoiser, Schedule, guided, noise_from_velocity, paint
 from .dit import DiT, DiTConfig, dit_flops, patchify, unpatchify
+from .frame_sr import FrameSR, SRConfig, super_resolve
+
+__all__ = [
+    "Flops",
+    "FrameSR",
+    "GridConfig",
+    "GridDiT",
+    "SRConfig",
+    "flops_grid_vs_tensor",
+    "from_grid",
+    "pos3d",
+    "raster_order",
+    "rollout",
+    "super_resolve",
+    "to_grid",
+]
 
 Frames = Float[Tensor, "B T c h w"]
 Grid = Float[Tensor, "B c H W"]
@@ -199,72 +215,6 @@ def rollout(
         frames = from_grid(grid, rows, columns)
         out = torch.cat([out[:, : out.shape[1] - kept], frames], 1)
     return out
-
-
-@dataclasses.dataclass(frozen=True)
-class SRConfig:
-    """Sizes of a `FrameSR`: from ``side`` by ``side`` pixels to ``by`` times as many each way."""
-
-    side: int = 12
-    by: int = 2
-    patch: int = 6
-    width: int = 60
-    layers: int = 3
-    heads: int = 2
-    condition: int = 32
-
-    @property
-    def dit(self) -> DiTConfig:
-        shared = {k: getattr(self, k) for k in ("width", "layers", "heads", "condition")}
-        return DiTConfig(patch=2 * self.patch**2, out=self.patch**2, **shared)
-
-
-class FrameSR(nn.Module):
-    """Stage 2: the velocity of one noisy sharp frame, given the small one."""
-
-    def __init__(self, config: SRConfig, seed: int | None = 0):
-        super().__init__()
-        self.config, self.dit = config, DiT(config.dit, seed)
-        per_side = config.side * config.by // config.patch
-        positions = pos3d((1, 1), (per_side, per_side))
-        self.register_buffer("positions", positions, persistent=False)
-
-    @property
-    def n_parameters(self) -> int:
-        return self.dit.n_parameters
-
-    def forward(
-        self,
-        x: Float[Tensor, "B 1 H H"],
-        t: Int[Tensor, " B"],
-        small: Float[Tensor, "B 1 h h"],
-    ) -> Float[Tensor, "B 1 H H"]:
-        wide = F.interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)
-        patches = patchify(torch.cat([x, wide], 1), self.config.patch)
-        out = self.dit(patches, self.positions, t)
-        return unpatchify(out, self.config.patch, *x.shape[2:])
-
-
-def super_resolve(
-    model: FrameSR,
-    frames: Float[Tensor, "B T 1 h h"],
-    schedule: Schedule,
-    steps: int,
-    *,
-    noise: Float[Tensor, "B T 1 H H"],
-    clip: float | None = 1.0,
-) -> Float[Tensor, "B T 1 H H"]:
-    """Each frame on its own, from its own noise: frames may come in any order or number."""
-    if noise.shape[:3] != frames.shape[:3]:
-        raise ValueError(
-            f"noise: expected {tuple(frames.shape[:3])} pictures, got {tuple(noise.shape[:3])}"
-        )
-    small = frames.flatten(0, 1)
-
-    def denoiser(x: Tensor, t: Tensor) -> Tensor:
-        return noise_from_velocity(schedule, x, model(x, t, small), t)
-
-    return sample(denoiser, noise.flatten(0, 1), schedule, steps, clip=clip).view(noise.shape)
 
 
 class Flops(NamedTuple):
