@@ -18,12 +18,14 @@ a schedule over depth by how much attention it receives. Nothing is trained.
 
 Exact: ``ratio=1`` with ``l1`` at the number of layers is the model unchanged; merging keeps the sum
 of what is merged. Approximate: all else. Text is never pruned, and a token keeps the position of
-its place in the image (a merged one that of the token it was merged into), where the released code
-numbers the line anew after merging. `column_importance` takes sums over the columns of the map
-without holding it. Left out: keeping text out of the ranking's rows.
+its place in the image, a merged one that of the token it was merged into (our choice: the core file
+of the released code was not at hand). Different: ``most`` allows small passes, because a pass of
+half merges every token of one side, also those that are like no other. `column_importance` sums
+the columns of the map without holding it.
 
-Steps of PageRank must stay few: under a causal mask the first token is seen by all and sees itself
-only, so that the iteration drains towards it (`pagerank_importance` with many ``iters``).
+Late tokens are seen by few rows, so that the mean attention received favours early ones. Steps of
+PageRank must stay few: under a causal mask the first token is seen by all and sees itself only, so
+that the iteration drains towards it (`pagerank_importance` with many ``iters``).
 
 Basis: reviews and the abstract; ``l1 = 14``, ``l2 = 22`` of 28 layers and one step are from
 memory. Cost: one product of all queries with all keys for each layer that prunes
