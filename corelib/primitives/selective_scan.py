@@ -63,7 +63,7 @@ def selective_scan_reference(
 ) -> Sequence | tuple[Sequence, State]:
     """As `selective_scan`, one step after the other as the equations stand."""
     _check(u, dt, A, B, C, D, z, dt_bias, state)
-    dt = _step_size(dt, dt_bias, dt_softplus)
+    dt = step_size(dt, dt_bias, dt_softplus)
     h = u.new_zeros(u.shape[0], *A.shape) if state is None else state
     ys = []
     for t in range(u.shape[2]):
@@ -106,7 +106,7 @@ def selective_scan(
     """
     _check(u, dt, A, B, C, D, z, dt_bias, state)
     wide = torch.promote_types(u.dtype, torch.float32)
-    dt = _step_size(dt.to(wide), dt_bias, dt_softplus)
+    dt = step_size(dt.to(wide), dt_bias, dt_softplus)
     if state is None:
         state = torch.zeros(u.shape[0], *A.shape, dtype=wide, device=u.device)
     parts = (x.to(wide) for x in (u, dt, A, B, C, state))
@@ -231,7 +231,8 @@ class _Gradients:
         return self.du, self.ddt, self.dA.mT, self.dB, self.dC
 
 
-def _step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> Tensor:
+def step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> Tensor:
+    """``dt (B, channels, L)``, with the bias of each channel and made positive, if asked to."""
     if dt_bias is not None:
         dt = dt + dt_bias[:, None].to(dt.dtype)
     return F.softplus(dt) if dt_softplus else dt

@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ._checks import check_same_kind
+from .selective_scan import step_size
 
 Heads = Float[Tensor, "B H L V"]
 Mixing = Float[Tensor, "B G L K"]
@@ -51,7 +52,7 @@ def ssd_reference(
 ) -> Heads | tuple[Heads, State]:
     """As `ssd_chunked`, one step after the other as the equations stand."""
     _check(x, dt, A, B, C, D, dt_bias, state, chunk=1)
-    dt = _step_size(dt, dt_bias, dt_softplus)
+    dt = step_size(dt, dt_bias, dt_softplus)
     B, C = (y.repeat_interleave(x.shape[1] // y.shape[1], 1) for y in (B, C))
     S = x.new_zeros(*x.shape[:2], B.shape[3], x.shape[3]) if state is None else state
     ys = []
@@ -100,7 +101,7 @@ def ssd_chunked(
     G, K = B.shape[1], B.shape[3]
     if state is None:
         state = torch.zeros(batch, H, K, V, dtype=wide, device=x.device)
-    dt = _step_size(dt.to(wide), dt_bias, dt_softplus)
+    dt = step_size(dt.to(wide), dt_bias, dt_softplus)
     parts = x.to(wide) * dt[..., None], dt * A[:, None].to(wide), B.to(wide), C.to(wide)
     parts = [_in_chunks(y, chunk, G) for y in parts]  # (B, G, heads of the group, n, T, ...)
     y, state = _run(*parts, state.to(wide).unflatten(1, (G, H // G)))
@@ -140,12 +141,6 @@ def _in_chunks(x: Tensor, chunk: int, groups: int) -> Tensor:
     if short:
         x = F.pad(x, [0, 0] * (x.dim() - 3) + [0, short])
     return x.unflatten(2, (-1, chunk) if L else (0, chunk)).unflatten(1, (groups, -1))
-
-
-def _step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> Tensor:
-    if dt_bias is not None:
-        dt = dt + dt_bias[:, None].to(dt.dtype)
-    return F.softplus(dt) if dt_softplus else dt
 
 
 def _check(x, dt, A, B, C, D, dt_bias, state, chunk) -> None:
