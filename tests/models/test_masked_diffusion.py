@@ -130,7 +130,7 @@ def test_training_goes_on_bit_for_bit_and_learns(short_stream, tmp_path):
     for a, b in zip(through.model.parameters(), rest.model.parameters(), strict=True):
         assert a.equal(b)
     assert [point["step"] for point in through.curve] == [2, 4]
-    longer = dataclasses.replace(TINY, stages=(Stage(32, 8, 40),), eval_every=40)
+    longer = dataclasses.replace(TINY, stages=(Stage(32, 4, 30),), eval_every=30)
     trained = train.run(longer, tmp_path / "c", log=lambda line: None)
     assert trained.curve[-1]["valid"] < through.curve[0]["valid"] - 0.3
     assert from_dict(dataclasses.asdict(TINY)) == TINY
