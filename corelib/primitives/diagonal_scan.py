@@ -13,6 +13,8 @@ the products of the chunk's decays, one pass over the chunks' ends, and ``h += p
 That is three times the arithmetic in ``3 sqrt(L)`` calls instead of ``L``. Only products of the
 given decays are formed: nothing is divided, nothing overflows that the recurrence would not.
 
+On a GPU `diagonal_scan` is the kernel `corelib.kernels.diagonal_scan`.
+
 Backward is the same scan the other way round, over conjugated (transposed) decays. Linear in L in
 time and memory. Oracle: `scan_reference`, a loop.
 """
@@ -68,6 +70,10 @@ def diagonal_scan(
         ValueError, TypeError: shapes, dtypes or devices that do not fit together.
     """
     _check(x, 3, reset, decay=(decay, x.shape[2:], x.shape), state=(state, _state_shape(x)))
+    if x.is_cuda and x.dtype.itemsize >= 4:  # not half precision
+        from corelib.kernels.diagonal_scan import diagonal_scan as kernel
+
+        return kernel(decay, x, reset=reset, state=state, reverse=reverse)
     decay = decay.expand(x.shape) if decay.dim() == 1 else decay
     if reset is not None:
         decay = decay.masked_fill(reset[..., None], 0)
