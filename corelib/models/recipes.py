@@ -115,6 +115,7 @@ RECIPES = {
             ),
             restart=240,
         ),
+        # More pass keys for text_lm: tried, not released (checkpoints/README.md says why).
         Recipe(
             "text_lm_recall",
             "decoder",

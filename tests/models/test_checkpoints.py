@@ -11,17 +11,18 @@ from corelib.models.recipes import RECIPES
 from corelib.models.tokenizer import load_tokenizer
 
 DECODERS = ("text_lm", "draft_lm")
+TEXT = (*DECODERS, "encoder")
 
 
 def test_all_are_there_and_small():
-    assert {"text_lm", "draft_lm", "encoder"} <= set(zoo.names())
+    assert {*TEXT, "text_dlm", "tiny_vlm", "grid_dit", "frame_sr"} <= set(zoo.names())
     size = sum(path.stat().st_size for path in zoo.FOLDER.glob("*.safetensors"))
     assert size <= 25e6
     text, draft = (zoo.load(name).n_parameters for name in DECODERS)
     assert draft <= text / 3
 
 
-@pytest.mark.parametrize("name", ["text_lm", "draft_lm", "encoder"])
+@pytest.mark.parametrize("name", TEXT)
 def test_the_card_says_what_a_user_needs(name):
     card, recipe = zoo.card(name), RECIPES[name]
     for word in ("Data", "Training", "Command", "Known limits", f"models.train {name}", "minutes"):
