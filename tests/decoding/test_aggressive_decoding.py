@@ -79,13 +79,13 @@ def test_realign_finds_the_shortest_end_that_stands_once(source, output, place):
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("longest", [None, 1, 3])
 def test_greedy_tokens_for_any_source(longest, cached, tiny):
-    model, ids, new = tiny(), some_ids(6), 14
+    model, ids, new = tiny(), some_ids(6), 8
     expected = plain(model, ids, new)
     sources = {
         "the output": expected,
         "unrelated": some_ids(30, seed=5)[0].tolist(),
         "empty": [],
-        "edited": [*expected[:3], 1, 2, *expected[5:9], *expected[11:]],
+        "edited": [*expected[:2], 1, 2, *expected[4:6], *expected[7:]],
     }
     for source in sources.values():
         for n in (0, 1, new):
@@ -99,12 +99,12 @@ def test_greedy_tokens_for_any_source(longest, cached, tiny):
 
 def test_ends_with_the_end_token_as_greedy_does(tiny):
     model, ids = tiny(), some_ids(6)
-    tokens = plain(model, ids, 24)
-    eos = tokens[9]
-    expected = plain(model, ids, 24, eos)
+    tokens = plain(model, ids, 12)
+    eos = tokens[6]
+    expected = plain(model, ids, 12, eos)
     for source in (tokens, tokens[3:], []):
-        assert input_guided_decode(model, ids, source, 24, eos=eos).tokens == expected
-        assert input_guided_reference(model, ids, source, 24, eos=eos)[0] == expected
+        assert input_guided_decode(model, ids, source, 12, eos=eos).tokens == expected
+        assert input_guided_reference(model, ids, source, 12, eos=eos)[0] == expected
 
 
 def test_a_copy_takes_one_call():

@@ -62,9 +62,8 @@ def law_of(decode, new, law, **options):
     return total_variation(exact_law(run), expected)
 
 
-@pytest.mark.parametrize("name", LAWS)
-@pytest.mark.parametrize("new", [1, 3])
-def test_the_law_is_the_targets(new, name):
+@pytest.mark.parametrize("name, new", [("plain", 1), ("plain", 2), ("paper", 3), ("sharp", 3)])
+def test_the_law_is_the_targets(name, new):
     assert law_of(triforce_generate, new, LAWS[name]) < 1e-12
 
 
@@ -102,7 +101,7 @@ def test_three_different_models_chain():
 # --- greedy ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("new", [0, 1, 2, 12])
+@pytest.mark.parametrize("new", [0, 1, 2, 7])
 @pytest.mark.parametrize("budget, gamma", [(4, 1), (8, 6)])
 def test_greedy_tokens_are_those_of_plain_decoding(budget, gamma, new, tiny):
     target, small, ids = tiny(), tiny(1), some_ids(37)
@@ -129,7 +128,7 @@ def test_a_budget_for_everything_accepts_everything(tiny):
 def test_a_smaller_budget_is_read_less_and_accepted_less(tiny):
     target, small, ids = tiny(), tiny(1), some_ids(64)
     whole, part = (
-        triforce_generate(target, small, ids, 9, gamma=4, budget=budget, sinks=2, recent=4)
+        triforce_generate(target, small, ids, 6, gamma=4, budget=budget, sinks=2, recent=4)
         for budget in (96, 8)
     )
     assert part.outer.acceptance < whole.outer.acceptance == 1
@@ -141,7 +140,7 @@ def test_bytes_read_are_those_of_the_caches(tiny):
     """One layer's key and value of a position take 2 * 1 * 8 * 8 bytes here, and there are two."""
     target, small, ids = tiny(), tiny(1), some_ids(40)
     options = dict(gamma=3, budget=16, chunk=4, sinks=2, recent=4)
-    report = triforce_generate(target, small, ids, 19, **options)
+    report = triforce_generate(target, small, ids, 9, **options)
     position, held, outer = 2 * 2 * 8 * 8, 40, 0
     for fed, accepted in zip(report.outer.fed[1:], report.outer.accepted[1:], strict=True):
         outer += (held + fed) * position
@@ -153,10 +152,10 @@ def test_bytes_read_are_those_of_the_caches(tiny):
 
 def test_stops_behind_the_end(tiny):
     target, small, ids = tiny(), tiny(1), some_ids(21)
-    written = generate(target, ids, 16)[0, 21:].tolist()
-    eos = written[7]
+    written = generate(target, ids, 10)[0, 21:].tolist()
+    eos = written[5]
     expected = written[: written.index(eos) + 1]
-    assert triforce_generate(target, small, ids, 16, eos=eos, **SMALL).tokens == expected
+    assert triforce_generate(target, small, ids, 10, eos=eos, **SMALL).tokens == expected
 
 
 def test_a_prompt_of_one_token(tiny):
