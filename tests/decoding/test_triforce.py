@@ -79,7 +79,7 @@ def test_drawing_from_the_middle_after_a_rejection_is_not_lossless():
         return triforce_generate(*args, law=law, chooser=chooser, verifier=rule, **options)
 
     assert law_of(released, 3, token_law) > 0.01
-    assert law_of(released, 3, greedy_law) == 0
+    assert law_of(released, 1, greedy_law) == 0
 
 
 def test_three_different_models_chain():
@@ -126,10 +126,10 @@ def test_a_budget_for_everything_accepts_everything(tiny):
 
 
 def test_a_smaller_budget_is_read_less_and_accepted_less(tiny):
-    target, small, ids = tiny(), tiny(1), some_ids(64)
+    target, small, ids = tiny(), tiny(1), some_ids(40)
     whole, part = (
         triforce_generate(target, small, ids, 6, gamma=4, budget=budget, sinks=2, recent=4)
-        for budget in (96, 8)
+        for budget in (56, 8)
     )
     assert part.outer.acceptance < whole.outer.acceptance == 1
     per_call = [r.kv_bytes["middle"] / r.middle.target_calls for r in (part, whole)]
