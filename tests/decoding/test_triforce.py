@@ -78,7 +78,7 @@ def test_drawing_from_the_middle_after_a_rejection_is_not_lossless():
         rule = from_middle(law, chooser)
         return triforce_generate(*args, law=law, chooser=chooser, verifier=rule, **options)
 
-    assert law_of(released, 3, token_law) > 0.01
+    assert law_of(released, 3, PAPER_LAW, budget=2) > 0.1
     assert law_of(released, 1, greedy_law) == 0
 
 
@@ -101,7 +101,7 @@ def test_three_different_models_chain():
 # --- greedy ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("new", [0, 1, 2, 7])
+@pytest.mark.parametrize("new", [0, 1, 2, 5])
 @pytest.mark.parametrize("budget, gamma", [(4, 1), (8, 6)])
 def test_greedy_tokens_are_those_of_plain_decoding(budget, gamma, new, tiny):
     target, small, ids = tiny(), tiny(1), some_ids(37)
