@@ -9,8 +9,7 @@ import random
 import pytest
 import torch
 
-from corelib.models.cache import DenseCache
-from corelib.models.decoder import Decoder, DecoderConfig, sampler
+from corelib.models.decoder import sampler
 from corelib.models.tokenizer import load_tokenizer
 from corelib.tokenization.byte_exact import (
     END,
@@ -229,24 +228,6 @@ def test_ensembles_of_different_vocabularies():
 # --- a decoder ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def decoder():
-    config = DecoderConfig(width=32, layers=2, heads=2, kv_heads=1, head_width=16, hidden=48)
-    return Decoder(config).double().eval()
-
-
-def shipped_view(model, new_cache=DenseCache):
-    tokenizer = load_tokenizer()
-    options = dict(start=[tokenizer.doc], end=tokenizer.doc, boundary=WORDS)
-    return ByteView(model, tokenizer, new_cache=new_cache, **options)
-
-
-@pytest.fixture(scope="module")
-def views(decoder):
-    """With a KV cache and without."""
-    return shipped_view(decoder), shipped_view(decoder, None)
-
-
 def test_shares_are_those_of_the_covers(views):
     view, tokenizer = views[0], load_tokenizer()
     reader = view.reader(b"of Scot")
@@ -254,7 +235,7 @@ def test_shares_are_those_of_the_covers(views):
     assert math.isclose(sum(reader.covers().values()), 1.0, rel_tol=1e-12)
 
 
-def test_one_call_for_every_byte(decoder):
+def test_one_call_for_every_byte(decoder, shipped_view):
     view = shipped_view(decoder)
     reader = view.reader(b"the noble")
     reader.law()

@@ -12,9 +12,6 @@ from hypothesis import strategies as st
 
 from corelib.data import documents
 from corelib.models import zoo
-from corelib.models.cache import DenseCache
-from corelib.models.decoder import Decoder, DecoderConfig
-from corelib.models.tokenizer import load_tokenizer
 from corelib.tokenization.byte_exact import (
     END,
     ByteView,
@@ -67,24 +64,6 @@ def test_cuts_that_look_ahead(pieces):
 # --- a decoder ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def decoder():
-    config = DecoderConfig(width=32, layers=2, heads=2, kv_heads=1, head_width=16, hidden=48)
-    return Decoder(config).double().eval()
-
-
-def shipped_view(model, new_cache=DenseCache):
-    tokenizer = load_tokenizer()
-    options = dict(start=[tokenizer.doc], end=tokenizer.doc, boundary=WORDS)
-    return ByteView(model, tokenizer, new_cache=new_cache, **options)
-
-
-@pytest.fixture(scope="module")
-def views(decoder):
-    """With a KV cache and without."""
-    return shipped_view(decoder), shipped_view(decoder, None)
-
-
 @pytest.mark.parametrize("x", [b"the questi", b"be, \n\n", b""])
 def test_cache_and_restart_change_nothing(views, x):
     view, plain = views
@@ -96,7 +75,7 @@ def test_cache_and_restart_change_nothing(views, x):
 
 
 @pytest.mark.skipif("text_lm" not in zoo.names(), reason="text_lm is not in the zoo")
-def test_mid_token_prompts_on_text_lm():
+def test_mid_token_prompts_on_text_lm(shipped_view):
     """Words of a held-out play, cut inside: how surprised is each by the byte that follows?"""
     text = documents("shakespeare", "test")["macbeth.txt"].encode()
     view, draw = shipped_view(zoo.load("text_lm")), random.Random(1)
@@ -113,7 +92,7 @@ def test_mid_token_prompts_on_text_lm():
 
 
 @pytest.mark.skipif("text_lm" not in zoo.names(), reason="text_lm is not in the zoo")
-def test_prompts_of_the_lab_on_text_lm():
+def test_prompts_of_the_lab_on_text_lm(shipped_view):
     """ " th" is never followed by "e", for " the" is a token; bytes know better. Healing goes back
     one token, and "retur" parts from "return" earlier."""
     view = shipped_view(zoo.load("text_lm"))
