@@ -9,7 +9,7 @@ import torch
 
 from corelib.models.cache import DenseCache
 from corelib.models.evaluate import AttentionRecorder
-from corelib.models.vlm import TinyVLM, VLMConfig
+from corelib.models.vlm import VLMConfig
 from corelib.primitives.column_sums import attention_column_sums_reference
 from corelib.vision_language import aim
 from corelib.vision_language.aim import (
@@ -20,7 +20,7 @@ from corelib.vision_language.aim import (
     pagerank_importance,
     piecewise_schedule,
 )
-from corelib.vision_language.shared import make_prompt, prefill
+from corelib.vision_language.shared import prefill
 
 SMALL = VLMConfig(
     width=32, layers=6, heads=4, kv_heads=2, head_width=8, hidden=32, rows=4, columns=4,
@@ -30,13 +30,8 @@ EXACT = dict(atol=1e-10, rtol=1e-10)
 
 
 @pytest.fixture(scope="module")
-def setting():
-    generator = torch.Generator().manual_seed(0)
-    model = TinyVLM(SMALL).double().eval()
-    images = torch.rand(2, 32, 32, generator=generator, dtype=torch.float64)
-    ids = torch.randint(0, 64, (2, 6), generator=generator)
-    x = model.embed(ids).detach()
-    return model, images, ids, make_prompt(x[:, :1], model.see(images).detach(), x[:, 1:])
+def setting(make_setting):
+    return make_setting(SMALL)
 
 
 @pytest.mark.parametrize("l1", [6, 9])

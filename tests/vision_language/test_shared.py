@@ -7,7 +7,7 @@ import torch
 
 from corelib.models.cache import DenseCache
 from corelib.models.evaluate import AttentionRecorder
-from corelib.models.vlm import TinyVLM, VLMConfig
+from corelib.models.vlm import VLMConfig
 from corelib.vision_language import shared
 from corelib.vision_language.shared import answer, best, fastv, make_prompt, pool, prefill
 
@@ -19,14 +19,8 @@ EXACT = dict(atol=1e-10, rtol=1e-10)
 
 
 @pytest.fixture(scope="module")
-def setting():
-    """A model, images, ids, and the prompt that they make."""
-    generator = torch.Generator().manual_seed(0)
-    model = TinyVLM(SMALL).double().eval()
-    images = torch.rand(2, 24, 32, generator=generator, dtype=torch.float64)
-    ids = torch.randint(0, 64, (2, 6), generator=generator)
-    x = model.embed(ids).detach()
-    return model, images, ids, make_prompt(x[:, :1], model.see(images).detach(), x[:, 1:])
+def setting(make_setting):
+    return make_setting(SMALL)
 
 
 def test_nothing_pruned_is_the_model(setting):
