@@ -50,28 +50,41 @@ def passkey(
     generator: torch.Generator,
     keys: int = 1,
     digits: int = 5,
+    symbols: int = 10,
     depth: float | None = None,
 ) -> TaskBatch:
     """Named numbers hidden in real text; the text ends by asking for each of them.
 
     ``haystack``: ids of text, from which each row takes a random stretch. ``depth``: where the
-    needles go, from 0 (the start) to 1 (right before the questions); at random when None. The
-    targets are the digits of the answers. Sequences are exactly ``length`` long.
+    needles go, from 0 (the start) to 1 (right before the questions); at random when None.
+    ``symbols``: how many different digits the numbers of a row are made of; with few of them a
+    number must be copied by place, for the digit before says little. The targets are the digits of
+    the answers. Sequences are exactly ``length`` long.
     """
     _require("keys", keys, 1)
+    if not 1 <= symbols <= 10:
+        raise ValueError(f"symbols: expected 1 to 10 different digits, got {symbols}")
     if keys > len(NAMES):
         raise ValueError(f"keys: expected at most {len(NAMES)}, got {keys}")
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"depth: expected 0 to 1, got {depth}")
     rows = [
-        _passkey_row(length, haystack, encode, generator, keys, digits, depth) for _ in range(batch)
+        _passkey_row(length, haystack, encode, generator, keys, digits, symbols, depth)
+        for _ in range(batch)
     ]
     return TaskBatch(*(torch.stack(part) for part in zip(*rows, strict=True)))
 
 
-def _passkey_row(length, haystack, encode, generator, keys, digits, depth):
+def _digits(count, symbols, generator) -> list[int]:
+    if symbols == 10:
+        return _draw(0, 10, (count,), generator).tolist()
+    which = torch.randperm(10, generator=generator)
+    return which[_draw(0, symbols, (count,), generator)].tolist()
+
+
+def _passkey_row(length, haystack, encode, generator, keys, digits, symbols, depth):
     order = torch.randperm(len(NAMES), generator=generator)[:keys].tolist()
-    numbers = ["".join(map(str, _draw(0, 10, (digits,), generator).tolist())) for _ in order]
+    numbers = ["".join(map(str, _digits(digits, symbols, generator))) for _ in order]
     needles = [
         encode(f"\nThe pass key of {NAMES[n]} is {number}. Remember it.\n")
         for n, number in zip(order, numbers, strict=True)

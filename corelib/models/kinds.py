@@ -21,6 +21,7 @@ _WHERE = {
     "frames": "dit_kinds.FrameKind",
     "grids": "dit_kinds.GridKind",
     "masked_diffusion": "masked_diffusion.MaskedDiffusionKind",
+    "recurrent": "recurrent_kind.RecurrentKind",
     "vlm": "vlm_kind.VLMKind",
 }
 

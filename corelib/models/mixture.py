@@ -39,6 +39,7 @@ class Mixture:
     repeats: float = 0.04
     repeated_text: float = 0.25  # of the repeats: real text instead of random ids
     most_keys: int = 3  # hidden in one pass-key row, and asked for
+    fewest_digits: int = 10  # different ones in a number: this many to 10
     answer_weight: float = 4.0
 
 
@@ -57,10 +58,21 @@ def _log_uniform(low: int, high: int, generator: torch.Generator) -> int:
     return round(low * (high / low) ** draw)
 
 
-def _passkey_rows(stream, tokenizer: Tokenizer, rows, length, generator, most) -> TaskBatch:
-    keys = int(torch.randint(1, most + 1, (1,), generator=generator))
+def _passkey_rows(
+    stream, tokenizer: Tokenizer, rows, length, generator, mixture: Mixture
+) -> TaskBatch:
+    keys = int(torch.randint(1, mixture.most_keys + 1, (1,), generator=generator))
+    symbols = 10
+    if mixture.fewest_digits < 10:
+        symbols = int(torch.randint(mixture.fewest_digits, 11, (1,), generator=generator))
     return synthetic.passkey(
-        rows, length, haystack=stream, encode=tokenizer.encode, generator=generator, keys=keys
+        rows,
+        length,
+        haystack=stream,
+        encode=tokenizer.encode,
+        generator=generator,
+        keys=keys,
+        symbols=symbols,
     )
 
 
@@ -105,8 +117,7 @@ def training_batch(
         batch = text_rows(stream, n_text, length, generator)
         parts.append((*batch, torch.ones(n_text, length)))
     if n_pass:
-        most = mixture.most_keys
-        batch = _passkey_rows(stream, tokenizer, n_pass, length, generator, most)
+        batch = _passkey_rows(stream, tokenizer, n_pass, length, generator, mixture)
         following = torch.cat([batch.ids[:, 1:], batch.targets[:, -1:]], 1)
         parts.append((batch.ids, following, _weights(batch.targets, mixture.answer_weight, 1.0)))
     if n_mqar:

@@ -61,8 +61,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for embeddings and norms."""
+    """Muon for the blocks' matrices, AdamW for embeddings, norms and tables of decays."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
-        (matrices if p.dim() == 2 and ".layers." in f".{name}" else rest).append(p)
+        is_map = p.dim() == 2 and ".layers." in f".{name}" and not name.endswith("A_log")
+        (matrices if is_map else rest).append(p)
     return [Muon(matrices, lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0)]

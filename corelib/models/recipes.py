@@ -9,6 +9,7 @@ from ..generation.gridit import GridConfig, SRConfig
 from .decoder import DecoderConfig
 from .kinds import find_kind
 from .mixture import Mixture
+from .recurrent import RecurrentConfig
 from .vlm import VLMConfig
 
 
@@ -95,6 +96,16 @@ COPYING_STAYS = Mixture(passkey=0.10, mqar=0.10, repeats=0.10)
 LOOKING_FAR = Mixture(passkey=0.30, mqar=0.06, repeats=0.04)
 KEYS_AGAIN = Mixture(passkey=0.50, mqar=0.04, repeats=0.02)
 MANY_KEYS = Mixture(passkey=0.45, mqar=0.06, repeats=0.03, most_keys=8)
+# Numbers of few different digits: the digit before is no guide, only the place is.
+FEW_DIGITS = dataclasses.replace(MANY_KEYS, fewest_digits=2)
+
+RECURRENT_STAGES = (
+    Stage(128, 32, 160, COPYING_FIRST),
+    Stage(256, 16, 480, COPYING_STAYS),
+    Stage(512, 8, 280),
+    Stage(1024, 4, 120, LOOKING_FAR),
+    Stage(2048, 2, 160, LOOKING_FAR),
+)
 
 RECIPES = {
     recipe.name: recipe
@@ -120,9 +131,15 @@ RECIPES = {
             "text_lm_recall",
             "decoder",
             DecoderConfig(qkv_bias=True),
-            (Stage(512, 16, 220, MANY_KEYS), Stage(2048, 4, 200, MANY_KEYS)),
+            (
+                Stage(512, 16, 220, MANY_KEYS),
+                Stage(2048, 4, 200, MANY_KEYS),
+                Stage(512, 16, 160, FEW_DIGITS),
+                Stage(2048, 4, 360, FEW_DIGITS),
+            ),
             lr=1e-3,
             decay=0.7,
+            restart=520,
             seed=4,
             eval_every=60,
             start="text_lm",
@@ -147,6 +164,22 @@ RECIPES = {
             DecoderConfig(width=192, layers=4, heads=3, kv_heads=3, hidden=512, context=1024),
             (Stage(256, 16, 1000), Stage(1024, 4, 250)),
             seed=3,
+        ),
+        Recipe(
+            "mamba2_lm",
+            "recurrent",
+            RecurrentConfig("mamba2", width=192, layers=6, state=64, embedding_scale=192**0.5),
+            RECURRENT_STAGES,
+            decay=0.3,
+            seed=7,
+        ),
+        Recipe(
+            "mamba_lm",
+            "recurrent",
+            RecurrentConfig("mamba", width=192, layers=6, embedding_scale=192**0.5),
+            RECURRENT_STAGES,
+            decay=0.3,
+            seed=8,
         ),
         Recipe("grid_dit", "grids", GridConfig(), (Stage(64, 32, 1600),), decay=0.5, seed=4),
         Recipe("frame_sr", "frames", SRConfig(), (Stage(16, 128, 500),), decay=0.5, seed=5),

@@ -105,7 +105,7 @@ class DecoderKind(TextKind):
                 model, tokenizer, test, length=length, trials=200
             )
         for pairs in (8, 32):
-            found[f"MQAR accuracy, {pairs} pairs"] = _mqar_accuracy(model, tokenizer, pairs)
+            found[f"MQAR accuracy, {pairs} pairs"] = mqar_accuracy(model, tokenizer, pairs)
         gain, error = evaluate.gain_of_context(model, test, rows=256, scored=128)
         found["nats a token saved by context 1900 over 512"] = gain
         found["its standard error"] = error
@@ -159,7 +159,8 @@ def text_figures(model) -> dict[str, float]:
     return found
 
 
-def _mqar_accuracy(model, tokenizer, pairs: int) -> float:
+def mqar_accuracy(model, tokenizer, pairs: int) -> float:
+    """Share of answers right in 32 rows of 512 ids with ``pairs`` pairs."""
     generator = torch.Generator().manual_seed(0)  # every number of pairs from the same start
     batch = evaluate.synthetic.mqar(
         32, 512, vocab=tokenizer.n_plain, pairs=pairs, ask=tokenizer.ask, generator=generator

@@ -74,7 +74,14 @@ class MambaBlock(nn.Module):
     ) -> tuple[Float[Tensor, "B L C"], MambaState]:
         """The outputs, and the state behind the last input."""
         state = self.init_state(len(x)) if state is None else state
-        x, z = self.in_proj(x).mT.chunk(2, 1)
+        parts = self.in_proj(x).to(self.D.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # only projections may be narrower
+            y, state = self._mix(parts, state)
+        return self.out_proj(y), state
+
+    def _mix(self, parts: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        """Convolution and scan: what stands between the two projections."""
+        x, z = parts.mT.chunk(2, 1)
         weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         x, inputs = causal_short_conv(x, weight, bias, state=state.inputs, return_state=True)
         x = F.silu(x)
@@ -92,7 +99,7 @@ class MambaBlock(nn.Module):
             state=state.scan,
             return_state=True,
         )
-        return self.out_proj(y.mT), MambaState(inputs, scan)
+        return y.mT, MambaState(inputs, scan)
 
     def step(
         self, x_t: Float[Tensor, "B C"], state: MambaState

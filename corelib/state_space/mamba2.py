@@ -93,9 +93,16 @@ class Mamba2Block(nn.Module):
     ) -> tuple[Float[Tensor, "B L C"], Mamba2State]:
         """The outputs, and the state behind the last input."""
         state = self.init_state(len(x)) if state is None else state
+        parts = self.in_proj(x).to(self.D.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # only projections may be narrower
+            y, state = self._mix(parts, state)
+        return self.out_proj(y), state
+
+    def _mix(self, parts: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
+        """Convolution, scan and norm: what stands between the two projections."""
         inner, heads = len(self.norm.weight), len(self.D)
         channels = len(self.conv1d.weight)
-        z, mixed, dt = self.in_proj(x).split([inner, channels, heads], 2)
+        z, mixed, dt = parts.split([inner, channels, heads], 2)
         weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         mixed, inputs = causal_short_conv(
             mixed.mT, weight, bias, state=state.inputs, return_state=True
@@ -113,8 +120,7 @@ class Mamba2Block(nn.Module):
             state=state.scan,
             return_state=True,
         )
-        y = self.norm(y.transpose(1, 2).flatten(2), z)
-        return self.out_proj(y), Mamba2State(inputs, scan)
+        return self.norm(y.transpose(1, 2).flatten(2), z), Mamba2State(inputs, scan)
 
     def step(
         self, x_t: Float[Tensor, "B C"], state: Mamba2State

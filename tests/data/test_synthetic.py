@@ -51,6 +51,17 @@ def test_passkey_answers_can_be_found_in_the_text(keys, depth):
             assert text[position:].count(".") == 2  # no haystack behind the needle
 
 
+@pytest.mark.parametrize("symbols", [1, 2, 4])
+def test_passkey_numbers_can_be_of_few_different_digits(symbols):
+    batch = passkey(
+        40, 300, haystack=HAYSTACK, encode=encode, generator=gen(), symbols=symbols
+    )  # fmt: skip
+    numbers = [bytes(t[t != IGNORE].tolist()).decode() for t in batch.targets]
+    kinds = [len(set(number)) for number in numbers]
+    assert max(kinds) == symbols and all(number.isdigit() for number in numbers)
+    assert set("".join(numbers)) == set("0123456789")  # any digits, few of them at a time
+
+
 def test_passkey_haystack_is_a_stretch_of_the_text():
     haystack = torch.arange(1000, 3000)
     batch = passkey(2, 300, haystack=haystack, encode=encode, generator=gen())
@@ -138,6 +149,8 @@ def test_errors_name_the_argument():
         passkey(1, 2000, haystack=HAYSTACK, encode=encode, generator=gen(), keys=13)
     with pytest.raises(ValueError, match="depth: expected 0 to 1"):
         passkey(1, 500, haystack=HAYSTACK, encode=encode, generator=gen(), depth=2.0)
+    with pytest.raises(ValueError, match="symbols: expected 1 to 10 different digits, got 11"):
+        passkey(1, 500, haystack=HAYSTACK, encode=encode, generator=gen(), symbols=11)
     with pytest.raises(ValueError, match="length: expected at least 17"):
         mqar(1, 16, vocab=50, pairs=8, generator=gen())
     with pytest.raises(ValueError, match="period: expected at least 1"):

@@ -7,6 +7,9 @@ import torch
 
 from corelib.contracts import LanguageModel
 from corelib.models.decoder import generate
+from corelib.models.kinds import find_kind
+from corelib.models.optim import make_optimizers
+from corelib.models.recipes import Stage
 from corelib.models.recurrent import (
     RecurrentConfig,
     RecurrentLM,
@@ -105,3 +108,38 @@ def test_wrong_arguments():
         cache.crop(20)
     with pytest.raises(ValueError, match="tier: expected 'device' or 'host'"):
         cache.bytes("disk")
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_training_kind_learns_with_narrow_projections(mixer):
+    """Under autocast projections are bfloat16, the scan is not; decays are not orthogonalised."""
+    torch.manual_seed(0)
+    kind, model = find_kind("recurrent"), RecurrentLM(config(mixer))
+    muon, adam = make_optimizers(model, 1e-2)
+    of_muon = {id(p) for group in muon.param_groups for p in group["params"]}
+    decays = {id(p) for name, p in model.named_parameters() if name.endswith("A_log")}
+    assert decays and not decays & of_muon
+    batch = (IDS[:, :-1], IDS[:, 1:], torch.ones(2, 20))
+    losses = []
+    for _ in range(12):
+        loss = kind.loss(model, batch, Stage(20, 2, 1))
+        for optimizer in (muon, adam):
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in (muon, adam):
+            optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.5
+    exact = model(IDS).detach().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = model(IDS).detach().float()
+        states = StateCache()
+        model(IDS, states)
+    assert 0 < float((narrow - exact).abs().max()) < 0.05 * float(exact.abs().max())
+    assert all(part.dtype == torch.float32 for state in states.layers.values() for part in state)
+
+
+def test_the_card_names_the_sizes():
+    shape = find_kind("recurrent").shape(config("mamba2"))
+    assert shape.startswith("Mamba-2: 2 layers, width 16, inner width 32 in 4 heads of 8")
+    assert "heads" not in find_kind("recurrent").shape(config("mamba"))
