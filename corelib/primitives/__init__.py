@@ -5,6 +5,7 @@ Masks keep their short names to themselves: ``from corelib.primitives import mas
 """
 
 from . import masks
+from .associative_scan import associative_scan
 from .attention import (
     attention,
     attention_reference,
@@ -71,6 +72,7 @@ from .vertical_slash import vertical_slash_attention, vertical_slash_attention_r
 __all__ = [
     "BlockLists",
     "Mask",
+    "associative_scan",
     "attention",
     "attention_column_sums",
     "attention_column_sums_reference",
