@@ -198,7 +198,7 @@ def check_device(name: str, kernel: Any, *tensors: torch.Tensor) -> None:
     elif not all(x.is_cuda for x in tensors):
         raise ValueError(
             f"{name}: expected CUDA tensors, got {[str(x.device) for x in tensors]}; "
-            "the function of corelib that calls this kernel runs on a CPU"
+            "corelib.primitives.attention runs on a CPU"
         )
 
 
