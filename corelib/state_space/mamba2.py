@@ -55,10 +55,15 @@ class GatedRMSNorm(nn.Module):
 class Mamba2Block(nn.Module):
     """A sequence mixer ``(B, L, C) -> (B, L, C)``.
 
+    ``scan``: what runs the recurrence, a function with the arguments of `ssd_chunked`; another one
+    may be put in its place.
+
     Args:
         width: C. state: N. expand: E / C. head_width: V, which divides E. groups: G, which divides
             the heads. conv: W, inputs that the convolution sees. chunk: steps multiplied at once.
     """
+
+    scan = staticmethod(ssd_chunked)
 
     def __init__(
         self,
@@ -108,7 +113,7 @@ class Mamba2Block(nn.Module):
             mixed.mT, weight, bias, state=state.inputs, return_state=True
         )
         x, B, C = F.silu(mixed).mT.split([inner, *2 * [self.groups * self.state]], 2)
-        y, scan = ssd_chunked(
+        y, scan = self.scan(
             x.unflatten(2, (heads, -1)).transpose(1, 2),
             dt.mT,
             -self.A_log.exp(),
