@@ -2,9 +2,9 @@
 
     found[t] = elements[0] ∘ elements[1] ∘ ... ∘ elements[t]
 
-Where ``(a ∘ b) ∘ c = a ∘ (b ∘ c)``, the chain is a tree: neighbours are joined first, their joins are
-scanned, and what lies between is filled in. That takes ``2 L`` joins, as against ``L`` one after the
-other, but only ``2 log2 L`` of them have to wait for each other (Blelloch, "Prefix sums and their
+Where ``(a ∘ b) ∘ c = a ∘ (b ∘ c)``, the chain is a tree: neighbours are joined first, their joins
+are scanned, and what lies between is filled in. That takes ``2 L`` joins, as against ``L`` in a
+row, but only ``2 log2 L`` of them have to wait for each other (Blelloch, "Prefix sums and their
 applications", 1990).
 
 This is the reference that says what a scan computes. Elements may be anything, tuples of tensors of

@@ -92,7 +92,7 @@ class S5System(nn.Module):
 
 
 def complex_normal(*shape: int, variance: float) -> nn.Parameter:
-    """Complex Gaussian numbers as pairs of real ones, ``(*shape, 2)``; ``variance`` of each pair."""
+    """Complex Gaussian numbers of that variance, as pairs of real ones ``(*shape, 2)``."""
     return nn.Parameter(math.sqrt(variance / 2) * torch.randn(*shape, 2))
 
 
