@@ -57,6 +57,7 @@ from .rope import (
 )
 from .selective_scan import selective_scan, selective_scan_reference
 from .short_conv import causal_short_conv
+from .spiking_scan import spiking_scan, spiking_scan_reference
 from .ssd import ssd_chunked, ssd_reference
 from .varlen import (
     cumulative_lengths,
@@ -117,6 +118,8 @@ __all__ = [
     "selective_scan",
     "selective_scan_reference",
     "sequence_ids",
+    "spiking_scan",
+    "spiking_scan_reference",
     "ssd_chunked",
     "ssd_reference",
     "top_blocks",

@@ -1,10 +1,14 @@
-"""What state-space methods share: HiPPO, and its matrix as diagonal plus rank one.
+"""What state-space methods share: HiPPO's matrices, and LegS as diagonal plus rank one.
 
 A continuous system ``x' = A x + B u``, ``y = C x``. `hippo_legs` is the matrix that makes the state
 remember: ``x`` holds the coefficients of the whole past in Legendre polynomials of ``exp(-lag)``
-(HiPPO, arXiv 2008.07669; `legs_basis` draws them). Diagonalising it as it stands fails, for its
-eigenvectors are nearly parallel; but it is a normal matrix minus one of rank one (S4, arXiv
-2111.00396, theorem 1), and a normal one has a unitary ``V`` (`dplr_legs`):
+(HiPPO, arXiv 2008.07669; `legs_basis` draws them). `legendre_matrices` keep a window instead, the
+last ``theta`` of time, in Legendre polynomials of the place in it (the Legendre memory unit of
+Voelker and others, NeurIPS 2019, which HiPPO calls LegT; `legendre_basis` draws them).
+
+Diagonalising LegS as it stands fails, for its eigenvectors are nearly parallel; but it is a normal
+matrix minus one of rank one (S4, arXiv 2111.00396, theorem 1), and a normal one has a unitary ``V``
+(`dplr_legs`):
 
     A = V (diag(poles) - p p*) V*            new state = V* x
 
@@ -54,12 +58,40 @@ def legs_basis(N: int, lags: Float[Tensor, " T"]) -> Float[Tensor, "T N"]:
     ``exp(-lag)``: the recent past is sharp, the distant past blurred.
     """
     _check_size(N, 1)
-    place = 2 * torch.exp(-lags) - 1
-    columns = [torch.ones_like(place), place]
-    for n in range(1, N - 1):  # Bonnet's recursion
-        columns.append(((2 * n + 1) * place * columns[n] - n * columns[n - 1]) / (n + 1))
     root = torch.sqrt(2 * torch.arange(N, dtype=lags.dtype, device=lags.device) + 1)
-    return torch.stack(columns[:N], -1) * root
+    return _legendre(N, 2 * torch.exp(-lags) - 1) * root
+
+
+def legendre_matrices(N: int, theta: float) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
+    """The Legendre memory ``(A, B)``: a window of the last ``theta``, in float64.
+
+    ``A[i, j] = (2i + 1) / theta * (-1 if i < j else (-1)^(i - j + 1))``, and
+    ``B[i] = (2i + 1) (-1)^i / theta``. Together they approximate the delay by ``theta`` (Padé).
+    """
+    _check_size(N, 1)
+    if not theta > 0:
+        raise ValueError(f"theta: expected more than 0, got {theta}")
+    n = torch.arange(N, dtype=torch.float64)
+    sign, rate = 1 - 2 * (n % 2), (2 * n + 1) / theta
+    A = torch.where(n[:, None] < n, -1.0, -torch.outer(sign, sign))
+    return rate[:, None] * A, rate * sign
+
+
+def legendre_basis(N: int, places: Float[Tensor, " T"]) -> Float[Tensor, "T N"]:
+    """``P_n(2 place - 1)``: the window is ``u(t - place theta) ~ legendre_basis @ x(t)``.
+
+    ``places`` are shares of the window of `legendre_matrices`: 0 is now, 1 is ``theta`` ago.
+    """
+    _check_size(N, 1)
+    return _legendre(N, 2 * places - 1)
+
+
+def _legendre(N: int, x: Tensor) -> Tensor:
+    """The first ``N`` Legendre polynomials at each ``x``, by Bonnet's recursion: ``(T, N)``."""
+    columns = [torch.ones_like(x), x]
+    for n in range(1, N - 1):
+        columns.append(((2 * n + 1) * x * columns[n] - n * columns[n - 1]) / (n + 1))
+    return torch.stack(columns[:N], -1)
 
 
 def dplr_legs(N: int) -> Dplr:
