@@ -17,10 +17,10 @@ Forms, all with the same results up to rounding and all differentiable:
 | `reference` | the equations above, step by step                | every state        |
 | `recurrent` | the same with few calls a step: for decoding     | every state        |
 | `chunked`   | products within chunks of 64, states between     | a state a chunk    |
-| `kernel`    | Triton, `corelib.kernels.linear_recurrence`      | nothing            |
+| `kernel`    | Triton: `linear_recurrence`, or `delta_rule`     | with `beta`, errors |
 
 Time is O(L K V) for the first two and O(L (64 (K + V) + K V)) for the others, in matrix products.
-``auto``: on a GPU the kernel (no ``beta``; widths up to 128, in float32 up to 64), else `chunked`,
+``auto``: on a GPU the kernel (widths up to 128, in float32 up to 64), else `chunked`,
 below 8 steps `recurrent`.
 Decays may be as strong as you like, ``-inf`` included (a reset): nothing overflows.
 Half-precision inputs are computed in float32; the state is float32 or float64.
@@ -71,15 +71,21 @@ def linear_recurrence(
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit, a positive
-            ``log_decay`` (looked for on a CPU only), ``form="kernel"`` with ``beta``.
+            ``log_decay`` (looked for on a CPU only).
     """
     _check(q, k, v, log_decay, beta, state, scale, form)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    form = _choose(q, v, beta) if form == "auto" else form
+    form = _choose(q, v) if form == "auto" else form
     if form == "kernel":
-        from corelib.kernels.linear_recurrence import linear_recurrence as kernel
+        options = dict(log_decay=log_decay, state=state, scale=scale)
+        if beta is None:
+            from corelib.kernels.linear_recurrence import linear_recurrence as kernel
 
-        out, state = kernel(q, k, v, log_decay=log_decay, state=state, scale=scale)
+            out, state = kernel(q, k, v, **options)
+        else:
+            from corelib.kernels.delta_rule import delta_rule
+
+            out, state = delta_rule(q, k, v, beta, **options)
         return (out, state) if return_state else out
     wide = torch.promote_types(q.dtype, torch.float32)
     (B, H, _, K), V = q.shape, v.shape[-1]
@@ -145,9 +151,9 @@ def _recurrent(q, k, v, log_decay, beta, state, scale) -> tuple[Tensor, Tensor]:
     return torch.cat(outs, 1), state
 
 
-def _choose(q: Tensor, v: Tensor, beta: Tensor | None) -> str:
+def _choose(q: Tensor, v: Tensor) -> str:
     widest = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64}.get(q.dtype, 0)
-    if q.is_cuda and beta is None and max(q.shape[3], v.shape[3]) <= widest:
+    if q.is_cuda and max(q.shape[3], v.shape[3]) <= widest:
         return "kernel"
     return "chunked" if q.shape[2] >= FEW_STEPS else "recurrent"
 
@@ -187,5 +193,3 @@ def _check(q, k, v, log_decay, beta, state, scale, form) -> None:
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
     if form not in FORMS:
         raise ValueError(f"form: expected one of {FORMS}, got {form!r}")
-    if form == "kernel" and beta is not None:
-        raise ValueError("beta: the kernel has no delta rule yet; use form='chunked'")

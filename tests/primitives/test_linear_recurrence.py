@@ -253,9 +253,6 @@ BAD = {
     "state": (lambda a: a | dict(state=a["state"][:, :1]), ValueError, "state: expected shape"),
     "form": (lambda a: a | dict(form="fast"), ValueError, "form: expected one of"),
     "scale": (lambda a: a | dict(scale="1"), TypeError, "scale: expected a number"),
-    "kernel with beta": (
-        lambda a: a | dict(beta=a["v"][..., 0], form="kernel"), ValueError, "beta: the kernel",
-    ),
 }  # fmt: skip
 
 
