@@ -45,7 +45,7 @@ def mu_law_decode(codes: Int[Tensor, "*batch"], levels: int = 256) -> Float[Tens
         got = f"{codes.min().item()} .. {codes.max().item()}"
         raise ValueError(f"codes: expected 0 .. {mu}, got {got}")
     f = 2 * codes.to(torch.get_default_dtype()) / mu - 1
-    return f.sign() * torch.expm1(f.abs() * math.log1p(mu)) / mu
+    return (f.sign() * torch.expm1(f.abs() * math.log1p(mu)) / mu).clamp(-1, 1)
 
 
 def synth_music(

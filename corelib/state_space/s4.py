@@ -90,11 +90,18 @@ def s4_kernel_reference(system: Dplr, C: Row, step: Steps, L: int) -> Float[Tens
 
 def s4_kernel(system: Dplr, C_tilde: Row, step: Steps, L: int) -> Float[Tensor, "C L"]:
     """The same kernel from its spectrum; ``C_tilde`` is ``to_tilde(system, C, step, L)``."""
+    return s4_kernel_untied(system, system.p, C_tilde, step, L)
+
+
+def s4_kernel_untied(
+    system: Dplr, q: Row, C_tilde: Row, step: Steps, L: int
+) -> Float[Tensor, "C L"]:
+    """`s4_kernel` of ``diag(poles) - p q*``: see `corelib.state_space.hurwitz`."""
     poles, p, B = system
     angles = torch.arange(L // 2 + 1, dtype=torch.float64, device=step.device) * (math.pi / L)
     sine, cosine = angles.sin().to(step.dtype), angles.cos().to(step.dtype)
     half = step[:, None] / 2
-    weights = torch.stack([C_tilde * B, C_tilde * p, p.conj() * B, p.conj() * p])
+    weights = torch.stack([C_tilde * B, C_tilde * p, q.conj() * B, q.conj() * p])
     through, left, right, loop = cauchy_sums(weights, half * poles, sine, cosine)
     gain = half * cosine
     spectrum = through - gain * left * right / (1 + gain * loop)
@@ -175,6 +182,10 @@ class S4(nn.Module):
         poles = torch.complex(-self.log_rate.exp(), self.frequency)
         return Dplr(poles, torch.view_as_complex(self.p), torch.view_as_complex(self.B))
 
+    def discrete(self) -> tuple[Float[Tensor, "C N N"], Float[Tensor, "C N"]]:
+        """The recurrence of each channel as dense real matrices (`dplr.discrete_form`)."""
+        return discrete_form(self.system(), self.log_step.exp())
+
     def step_form(self) -> StepForm:
         """The recurrence of each channel, for `step`."""
         system, step = self.system(), self.log_step.exp()
@@ -201,12 +212,12 @@ class S4(nn.Module):
         if state is None:
             return y.transpose(1, 2), S4State(lambda: self._state_after(u, None))
         form, start = state.form or self.step_form(), state.x
-        A_bar, _ = discrete_form(self.system(), self.log_step.exp())
+        A_bar, _ = self.discrete()
         y = y + free_outputs(A_bar, output_row(form.C), to_real(start), u.shape[-1])
         return y.transpose(1, 2), S4State(lambda: self._state_after(u, start), form)
 
     def _state_after(self, u: Tensor, start: Tensor | None) -> Tensor:
-        A_bar, B_bar = discrete_form(self.system(), self.log_step.exp())
+        A_bar, B_bar = self.discrete()
         return to_pairs(final_state(A_bar, B_bar, u, None if start is None else to_real(start)))
 
     def step(
@@ -251,16 +262,17 @@ class S4Block(nn.Module):
 
     def forward(self, x: Tensor, state: S4State | None = None) -> tuple[Tensor, S4State]:
         y, state = self.mixer(self.norm(x), state)
-        return x + self._gated(y), state
+        return x + self.gated(y), state
 
     def step(self, x_t: Tensor, state: S4State) -> tuple[Tensor, S4State]:
         y, state = self.mixer.step(self.norm(x_t), state)
-        return x_t + self._gated(y), state
+        return x_t + self.gated(y), state
 
     def init_state(self, batch: int) -> S4State:
         return self.mixer.init_state(batch)
 
-    def _gated(self, y: Tensor) -> Tensor:
+    def gated(self, y: Tensor) -> Tensor:
+        """What follows the mixer, without the skip."""
         return nn.functional.glu(self.out(nn.functional.gelu(y)), -1)
 
 
