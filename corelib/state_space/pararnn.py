@@ -30,7 +30,8 @@ cell, where ``x`` is made, and after it.
 Exact: the first ``k`` states after ``k`` rounds, everything after ``L``. In between the error
 falls faster and faster where weights are small (``|w| <= 0.5``, as the layers keep them), and may
 grow without bound where they are not. Left out: the paper's language model around the cell.
-Cost: ``O(K L C)`` work, in ``O(K sqrt(L))`` calls on a CPU in place of ``O(L)``.
+Cost: ``O(K L C)`` work, in ``O(K sqrt(L))`` calls on a CPU in place of ``O(L)``. On a GPU
+`corelib.kernels.newton_rnn` makes each round, Jacobian and scan, in one pass.
 Oracles: the sequential loop, ``torch.nn.GRU`` with diagonal matrices, automatic differentiation.
 """
 
@@ -150,6 +151,10 @@ def newton_rnn(
     state = _check(cell, x, weights, state)
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
         raise ValueError(f"iterations: expected an int, at least 0, got {iterations!r}")
+    if x.is_cuda and x.dtype.itemsize >= 4 and cell in (GRU, LSTM):  # not half precision
+        from corelib.kernels.newton_rnn import newton_rnn as kernel
+
+        return kernel(cell.name, x, weights, state, iterations=iterations)
     return _Newton.apply(cell, iterations, x, weights, state)
 
 
