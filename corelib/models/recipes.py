@@ -126,7 +126,7 @@ RECIPES = {
             ),
             restart=240,
         ),
-        # More pass keys for text_lm: tried, not released (checkpoints/README.md says why).
+        # More pass keys for text_lm (checkpoints/README.md has the way there).
         Recipe(
             "text_lm_recall",
             "decoder",
