@@ -31,7 +31,8 @@ def test_the_card_says_what_a_user_needs(name):
     assert model.config == recipe.config and f"{model.n_parameters:,} parameters" in card
     curve = zoo.figures(name)["curve"]
     assert curve[-1]["step"] == recipe.steps and curve[-1]["tokens"] == recipe.tokens
-    assert curve[-1]["valid"] < curve[0]["valid"]
+    if recipe.start is None:  # one that goes on from released weights learns tasks, not text
+        assert curve[-1]["valid"] < curve[0]["valid"]
 
 
 def test_text_lm_met_its_bars_when_it_was_released():
