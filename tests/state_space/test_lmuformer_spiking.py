@@ -27,12 +27,11 @@ def rand(*shape, seed=0):
 def model(depth=1):
     """With batch norms that let neurons fire."""
     torch.manual_seed(0)
-    made = SpikingLMUFormer(3, 4, 6, depth=depth, theta=7.0).double()
+    made = SpikingLMUFormer(3, 4, 6, depth=depth, theta=7.0, gain=2.0).double()
     with torch.no_grad():
         for layer in made.modules():
             if isinstance(layer, torch.nn.BatchNorm1d):
                 layer.momentum = 1.0
-                layer.weight.fill_(2.0)
         made(2 * rand(8, 12, 3))
     return made.eval()
 
@@ -102,6 +101,16 @@ def test_every_parameter_learns():
     loss = made(2 * rand(4, 12, 3)).square().mean()
     for gradient in torch.autograd.grad(loss, list(made.parameters())):
         assert gradient.isfinite().all()
+
+
+def test_a_larger_gain_makes_neurons_fire_more_often():
+    rates = []
+    for gain in (1.0, 2.0):
+        torch.manual_seed(0)
+        made = SpikingLMUFormer(3, 4, 6, theta=7.0, gain=gain).double()
+        found = firing_rates(made, 2 * rand(8, 12, 3))
+        rates.append(sum(found.values()) / len(found))
+    assert 0.02 < rates[0] < 0.1 and rates[1] > 2 * rates[0]
 
 
 def test_firing_rates():
