@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from corelib.measure.races.scans import ConvLSTM
 from corelib.state_space import convs5
 from corelib.state_space.convs5 import (
     ConvS5Block,
@@ -119,6 +120,25 @@ def test_moving_the_film_moves_the_answer():
     torch.testing.assert_close(moved, mixer(x)[0].roll((2, -1), (3, 4)), **EXACT)
     edges = layer(torus=False)
     assert not torch.allclose(edges(x.roll(2, 3))[0], edges(x)[0].roll(2, 3))
+
+
+def test_the_convlstm_that_it_is_raced_against():
+    """Inputs of all frames in one convolution: the published cell, frame after frame."""
+    torch.manual_seed(0)
+    cell, x = ConvLSTM(2, 3).double(), rand(2, 4, 2, 4, 5)
+    h, c = cell.init_state(2, 4, 5)
+    weight = torch.cat([cell.enter.weight, cell.own.weight], 1)
+    for u in x.unbind(1):
+        gates = F.conv2d(torch.cat([u, h], 1), weight, cell.enter.bias, padding=1)
+        i, f, o, g = gates.chunk(4, 1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+    got, (last, memory) = cell(x)
+    torch.testing.assert_close(last, h, **EXACT)
+    torch.testing.assert_close(memory, c, **EXACT)
+    torch.testing.assert_close(got[:, -1], cell.leave(h), **EXACT)
+    first, state = cell(x[:, :3])
+    torch.testing.assert_close(cell.step(x[:, 3], state)[0], got[:, 3], **EXACT)
 
 
 # --- the dense scan -------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import doctest
 import pytest
 import torch
 
+from corelib.measure.races.scans import GRUMemory
 from corelib.primitives import diagonal_scan, scan_reference
 from corelib.state_space import s5_rl
 from corelib.state_space.memory_tasks import Environment
@@ -157,14 +158,33 @@ def test_advantages_are_the_textbook_loop():
 
 
 def test_a_group_is_learned_from_alone():
-    ppo = trainer(MemoryChain(3, 4))
-    rollout, rows = ppo.collect(), torch.tensor([2, 0])
-    gain = torch.randn(4, 9, generator=generator())
+    ppo = trainer(MemoryChain(3, 4), steps=6)  # not whole episodes: the state matters
+    _, rollout, rows = ppo.collect(), ppo.collect(), torch.tensor([2, 0])
+    gain = torch.randn(4, 6, generator=generator())
     wanted = torch.autograd.grad(ppo.loss(rollout, gain, rows), ppo.policy.act[-1].weight)[0]
     for x in (gain, rollout.observation, rollout.log_prob, rollout.value, *rollout.state):
         x[[1, 3]] = torch.nan
     got = torch.autograd.grad(ppo.loss(rollout, gain, rows), ppo.policy.act[-1].weight)[0]
     assert torch.equal(got, wanted) and wanted.any()
+    rollout.state[0][rows] = 0
+    other = torch.autograd.grad(ppo.loss(rollout, gain, rows), ppo.policy.act[-1].weight)[0]
+    assert not torch.allclose(other, wanted)
+
+
+def test_the_gru_that_it_is_raced_against():
+    """Called from cut to cut, it is a GRU that starts afresh at resets."""
+    torch.manual_seed(0)
+    memory, x = GRUMemory(4).double(), torch.randn(3, 20, 4, dtype=torch.float64)
+    resets = torch.rand(3, 20, generator=generator()) < 0.1
+    state, y = memory.init_state(3), []
+    for t in range(20):
+        out, state = memory.step(x[:, t], state, resets[:, t])
+        y.append(out)
+    whole, after = memory(x, None, resets)
+    torch.testing.assert_close(whole, torch.stack(y, 1), **EXACT)
+    torch.testing.assert_close(after, state, **EXACT)
+    alone, _ = memory.gru(x[1:2, : int(resets[1].nonzero()[0, 0])])
+    torch.testing.assert_close(whole[1:2, : alone.shape[1]], alone, **EXACT)
 
 
 def test_it_learns_to_remember():
