@@ -11,8 +11,8 @@ most. What is that for both sides? Quasiseparable: rank N below, rank N above, t
     M_ii = d_i                                                  of its own
 
 with ``a = exp(dt A)``. So it costs two scans of Mamba-2, linear in L, here as one call with twice
-the heads. Adding two scans instead makes the diagonal ``c_i . b_i`` of both, no longer free, and
-that is all the difference (`added`).
+the heads. Usually two scans are added, with a skip ``D`` for each head (`added`). Then the diagonal
+is ``D + dt_i c_i . b_i`` of both, and what stands beside it already says what it must be.
 
 | here          | paper                    | shape                             |
 |:--------------|:-------------------------|:----------------------------------|
@@ -127,7 +127,7 @@ def quasiseparable(
 def added(x: Heads, past: Scan, future: Scan, diagonal: Diagonal, *, chunk: int = 64) -> Heads:
     """The usual alternative, of the same parameters: ``SS(past) x + SS(future) x + d x``.
 
-    Its diagonal is ``d_i + dt_i c_i . b_i`` of both scans.
+    Its diagonal is ``d_i + dt_i c_i . b_i`` of both; usually ``d`` is one number for each head.
     """
     _check(x, past, future, diagonal)
     below, above = _scans(x, x, past, future, chunk)
