@@ -1,5 +1,6 @@
 """Small real data that ships with the lab, and synthetic tasks with known answers."""
 
+from .audio import mu_law_decode, mu_law_encode, synth_music
 from .dna import GENOMES, dna, dna_ids, reverse_complement
 from .images import digits, photograph, upsample
 from .labelled import LabelledBatch
@@ -38,6 +39,8 @@ __all__ = [
     "induction",
     "listops",
     "mqar",
+    "mu_law_decode",
+    "mu_law_encode",
     "passkey",
     "pathfinder",
     "photograph",
@@ -45,5 +48,6 @@ __all__ = [
     "selective_copy",
     "series",
     "split_text",
+    "synth_music",
     "upsample",
 ]
