@@ -20,8 +20,8 @@ Stage one is `corelib.state_space.denoising`, which also says what an encoder is
 | hidden               | masked positions                         | (B, L) bool     |
 | share                | of the steps that go into pretraining    |                 |
 
-`random_start` is the ablation: a diagonal recurrence with random poles near the origin, which
-remembers a few steps, in place of HiPPO's. Exact: the first stage never reads a label. Ours: AdamW
+`random_start` is the ablation: a diagonal recurrence whose random poles remember a few steps, in
+place of HiPPO's. Exact: the first stage never reads a label. Ours: AdamW
 with a short warm-up and a cosine (the paper's rate is constant after the warm-up); early stopping
 is left out. Cost: as training, with a read-out at every position in the first stage.
 Oracle: the released configurations (IdoAmos/not-from-scratch) for p, losses and sizes.
@@ -137,12 +137,12 @@ def self_pretrained(
 
 
 def random_start(N: int, seed: int = 0) -> Diagonal:
-    """Random poles for `S4D` with ``step_min = step_max = 1``: they remember a few steps."""
+    """Random poles for `S4D` with ``step_min = step_max = 1``: they remember about four steps."""
     if N < 2 or N % 2:
         raise ValueError(f"N: expected an even size, at least 2, got {N}")
     generator = torch.Generator().manual_seed(seed)
     rate, frequency = torch.randn(2, N // 2, generator=generator, dtype=torch.float64)
-    poles = torch.complex(-(0.5 * rate).exp(), frequency)
+    poles = torch.complex(-0.25 * (0.5 * rate).exp(), frequency)
     return Diagonal(poles, torch.ones_like(poles))
 
 
