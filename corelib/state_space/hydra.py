@@ -120,8 +120,8 @@ def quasiseparable(
         ValueError, TypeError: shapes, dtypes or devices that do not fit together.
     """
     _check(x, past, future, diagonal)
-    below, above = _scans(x[:, :, :-1], x[:, :, 1:], past, future, chunk)
-    return diagonal[..., None] * x + F.pad(below, (0, 0, 1, 0)) + F.pad(above, (0, 0, 0, 1))
+    below, above = _scans(x, past, future, chunk)
+    return diagonal[..., None] * x + shift(below) + unshift(above)
 
 
 def added(x: Heads, past: Scan, future: Scan, diagonal: Diagonal, *, chunk: int = 64) -> Heads:
@@ -130,29 +130,25 @@ def added(x: Heads, past: Scan, future: Scan, diagonal: Diagonal, *, chunk: int 
     Its diagonal is ``d_i + dt_i c_i . b_i`` of both; usually ``d`` is one number for each head.
     """
     _check(x, past, future, diagonal)
-    below, above = _scans(x, x, past, future, chunk)
+    below, above = _scans(x, past, future, chunk)
     return diagonal[..., None] * x + below + above
 
 
 def multiplied(x: Heads, past: Scan, future: Scan, diagonal: Diagonal, *, chunk: int = 64) -> Heads:
     """``SS(past) x * SS(future) x + d x``: no longer a matrix times x."""
     _check(x, past, future, diagonal)
-    below, above = _scans(x, x, past, future, chunk)
+    below, above = _scans(x, past, future, chunk)
     return diagonal[..., None] * x + below * above
 
 
-def _scans(
-    left: Tensor, right: Tensor, past: Scan, future: Scan, chunk: int
-) -> tuple[Tensor, Tensor]:
-    """``SS(past)`` of the first values, ``SS(future)`` of the last ones, as one call.
-
-    What a shift would drop need not be computed, so the values may be shorter than the scans.
-    """
-    L, future = left.shape[2], future.mirrored()
-    pairs = (past.dt, future.dt), (past.B, future.B), (past.C, future.C)
-    dt, B, C = (torch.cat([ours[:, :, :L], theirs[:, :, :L]], 1) for ours, theirs in pairs)
-    x, A = torch.cat([left, right.flip(2)], 1), torch.cat([past.A, future.A])
-    below, above = ssd_chunked(x, dt, A, B, C, chunk=chunk).chunk(2, 1)
+def _scans(x: Tensor, past: Scan, future: Scan, chunk: int) -> tuple[Tensor, Tensor]:
+    """Mamba-2's scan of both sides, each in the order of x: one call with twice the heads."""
+    dt, A, B, C = (
+        torch.cat([one, other], 0 if one.dim() == 1 else 1)
+        for one, other in zip(past, future.mirrored(), strict=True)
+    )
+    both = ssd_chunked(torch.cat([x, x.flip(2)], 1), dt, A, B, C, chunk=chunk)
+    below, above = both.chunk(2, 1)
     return below, above.flip(2)
 
 

@@ -14,6 +14,7 @@ from corelib.state_space.interaction_rank import (
     LagAttention,
     decay_per_step,
     example,
+    fitting_key,
     gradient_vs_distance,
     heads_from_ssm,
     interaction_operator,
@@ -234,27 +235,14 @@ def test_an_ssms_gradient_is_its_operator_and_decays():
     assert abs(decay_per_step(norms[30:]) - 0.95) < 0.01  # the spectral radius, in the end
 
 
-def highway(n, far, strength=8.0):
-    """Attention whose last query matches one key, ``far`` positions back."""
-    x = torch.zeros(n, 3, dtype=torch.float64)
-    x[:, 2] = draw(n)
-    x[-1, 0] = x[-1 - far, 1] = strength
-
-    def layer(x):
-        q, k, v = x[..., None, :, :1], x[..., None, :, 1:2], x[..., None, :, 2:]
-        return attention(q, k, v, causal=True, scale=1.0)[:, 0]
-
-    return layer, x
-
-
 def test_attention_has_inputs_without_decay():
-    norms = [gradient_vs_distance(*highway(60, far))[far].item() for far in (1, 10, 59)]
+    norms = [gradient_vs_distance(*fitting_key(60, far))[far].item() for far in (1, 10, 59)]
     assert max(norms) / min(norms) < 1 + 1e-6 and min(norms) > 0.99
 
 
 def test_coefficients_count_in_the_gradient():
     """The derivative is of the whole layer, not of the frozen operator."""
-    layer, x = highway(6, 3, strength=1.0)
+    layer, x = fitting_key(6, 3, strength=1.0)
     assert gradient_vs_distance(layer, x).shape == (6,)
     J = torch.autograd.functional.jacobian(lambda x: layer(x[None])[0, -1], x)
     assert_same(gradient_vs_distance(layer, x)[2], J[:, 3].norm())
@@ -269,6 +257,7 @@ BAD = {
     "coefficients: expected": lambda: lag_attention(draw(1, 4, 2), draw(1, 3), draw(1, 2, 2)),
     "W: expected operators": lambda: rank(draw(3, 3)),
     "x: expected 2 axes": lambda: gradient_vs_distance(lambda x: x, draw(1, 3, 3)),
+    "far: expected 1 to 4, got 5": lambda: fitting_key(5, 5),
     "norms: expected two or more": lambda: decay_per_step(torch.zeros(3)),
 }
 
