@@ -221,6 +221,13 @@ def test_the_probe_reads_states_and_loss():
     torch.testing.assert_close(probe.loss[1], loss, **EXACT)
 
 
+def test_a_bin_without_questions_has_no_loss():
+    task = stream(L=24)
+    task.targets[:, 8:16] = IGNORE
+    loss = collapse_probe(TinyLM(), task, every=8).loss
+    assert loss.isnan().tolist() == [False, True, False]
+
+
 def test_what_is_left_of_the_first_step():
     model, task = TinyLM(), stream()
     block, seen = model.block, {}
