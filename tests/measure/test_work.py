@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from corelib.measure import fit_exponent
 from corelib.measure.work import count_work
@@ -17,6 +18,16 @@ def test_products_and_elements():
     assert count_work(lambda: a @ b) == 2 * 3 * 5 * 7
     assert count_work(lambda: (a @ b).exp()) == 2 * 3 * 5 * 7 + 21
     assert count_work(lambda: a.T.reshape(5, 3)[1:].unsqueeze(0)) in (0, 15)  # views are free
+
+
+def test_every_kind_of_product():
+    a, b, c = torch.randn(2, 3, 5), torch.randn(2, 5, 7), torch.randn(2, 3, 7)
+    x, taps = torch.randn(1, 4, 9), torch.randn(4, 1, 3)
+    assert count_work(lambda: a @ b) == 2 * 2 * 3 * 5 * 7
+    assert count_work(lambda: torch.addmm(c[0], a[0], b[0])) == 2 * 3 * 5 * 7
+    assert count_work(lambda: torch.baddbmm(c, a, b)) == 2 * 2 * 3 * 5 * 7
+    assert count_work(lambda: b[0] @ c[0, 0]) == 2 * 5 * 7
+    assert count_work(lambda: F.conv1d(x, taps, groups=4)) == 2 * 4 * 7 * 3
 
 
 def test_a_transform():

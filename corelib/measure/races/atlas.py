@@ -66,9 +66,9 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "delayed recall": Task(recall, 80),
-    "selective copy": Task(copy, 160),
-    "induction": Task(induction, 160),
+    "delayed recall": Task(recall, 70),
+    "selective copy": Task(copy, 100),
+    "induction": Task(induction, 120),
 }
 
 
