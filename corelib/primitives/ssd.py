@@ -19,6 +19,9 @@ heads share keys in grouped-query attention; that is why this is not just a call
 Exponents are differences of a running sum in float64, and at most 0: nothing overflows and little
 is lost behind a strong decay. Time O(L T (K/r + V) + L K V) a head for chunks of T steps and r
 heads a group, linear in L; for gradients autograd keeps the ``T`` scores of every step.
+
+On a GPU the kernel `corelib.kernels.ssd` runs, in its own chunks, for heads up to 64 wide and K up
+to 128 (64 in float32); half-precision inputs enter its products as they are, sums are float32.
 Oracle: `ssd_reference`, `linear_recurrence`, and transformers' ``Mamba2Mixer.torch_forward``.
 """
 
@@ -85,7 +88,7 @@ def ssd_chunked(
         B, C: the groups G divide the heads H; head h reads group ``h // (H // G)``.
         D: what passes by the states, per head; None nothing.
         dt_bias: added to ``dt``; dt_softplus: then ``dt = softplus(dt)``.
-        chunk: steps multiplied at once; any number gives the same result.
+        chunk: steps multiplied at once, on a CPU; any number gives the same result.
         state: what an earlier call returned; None starts from zeros.
         return_state: also return the state after the last step, in float32 at least.
 
@@ -97,18 +100,38 @@ def ssd_chunked(
     """
     _check(x, dt, A, B, C, D, dt_bias, state, chunk)
     wide = torch.promote_types(x.dtype, torch.float32)
-    batch, H, L, V = x.shape
-    G, K = B.shape[1], B.shape[3]
+    K = B.shape[3]
     if state is None:
-        state = torch.zeros(batch, H, K, V, dtype=wide, device=x.device)
+        state = torch.zeros(*x.shape[:2], K, x.shape[3], dtype=wide, device=x.device)
     dt = step_size(dt.to(wide), dt_bias, dt_softplus)
-    parts = x.to(wide) * dt[..., None], dt * A[:, None].to(wide), B.to(wide), C.to(wide)
-    parts = [_in_chunks(y, chunk, G) for y in parts]  # (B, G, heads of the group, n, T, ...)
-    y, state = _run(*parts, state.to(wide).unflatten(1, (G, H // G)))
-    y = y.reshape(batch, H, -1, V)[:, :, :L]
-    y = y if D is None else torch.addcmul(y, x.to(wide), D[:, None, None].to(wide))
-    state = state.flatten(1, 2)
+    parts = x.to(wide) * dt[..., None], dt * A[:, None].to(wide), B, C, state.to(wide)
+    y, state = _by_kernel(*parts) if _fits_kernel(x, K) else _by_products(*parts, chunk)
+    y = y if D is None else torch.addcmul(y.to(wide), x.to(wide), D[:, None, None].to(wide))
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
+
+
+def _fits_kernel(x: Tensor, K: int) -> bool:
+    if not x.is_cuda or x.dtype == torch.float64:
+        return False
+    from corelib.kernels.ssd import widest
+
+    keys, values = widest(x.dtype)
+    return keys >= K and x.shape[3] <= values
+
+
+def _by_kernel(values, log_decay, B, C, state) -> tuple[Tensor, Tensor]:
+    from corelib.kernels.ssd import ssd
+
+    return ssd(values.to(B.dtype), log_decay, B, C, state)
+
+
+def _by_products(values, log_decay, B, C, state, chunk) -> tuple[Tensor, Tensor]:
+    """``values (B, H, L, V)``, ``log_decay (B, H, L)``: ``y`` and the last state."""
+    G, L = B.shape[1], values.shape[2]
+    parts = values, log_decay, B.to(values.dtype), C.to(values.dtype)
+    parts = (_in_chunks(y, chunk, G) for y in parts)  # (B, G, heads of the group, n, T, ...)
+    y, state = _run(*parts, state.unflatten(1, (G, -1)))
+    return y.flatten(3, 4).flatten(1, 2)[:, :, :L], state.flatten(1, 2)
 
 
 def _run(values, log_decay, B, C, state) -> tuple[Tensor, Tensor]:
