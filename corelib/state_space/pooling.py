@@ -1,4 +1,4 @@
-"""Running a sequence mixer at a fraction of the rate: SaShiMi's pooling (arXiv 2202.09729, 3.2).
+"""A sequence mixer at a fraction of the rate: SaShiMi's pooling (2202.09729, section 4.2).
 
     z = inner(down(x))       down: (B, L, C) -> (B, L / pool, expand C)        (`DownPool`)
     y = shift(up(z))         up:   (B, L / pool, expand C) -> (B, L, C)        (`UpPool`)
