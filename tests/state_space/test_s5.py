@@ -10,6 +10,7 @@ from corelib.state_space.s5 import S5Block, S5Layer, S5System, s5_reference
 from corelib.state_space.shared import dplr_legs, parameter_groups
 from corelib.testing import conformance
 
+pytestmark = pytest.mark.method("s5_rl")
 EXACT = dict(atol=1e-12, rtol=1e-10)
 
 
