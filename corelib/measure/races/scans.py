@@ -23,7 +23,7 @@ from ..gradients import forward_backward
 from ..scaling import sweep
 from . import Row, register, rows
 
-ENVIRONMENTS, CHANNELS, STATE, EPISODE = 8, 32, 64, 48
+ENVIRONMENTS, CHANNELS, STATE, EPISODE = 8, 32, 64, 100
 CLIPS, WIDTH, PICTURE_STATE, SIDE, PATCH = 2, 8, 16, 16, 4
 OPTIONS = dict(repeats=3, min_time=0.05)
 
