@@ -42,10 +42,7 @@ def test_every_kind_is_recorded_with_every_seed():
 
 def test_letters_and_windows():
     text = sides.letters("test")
-    assert (
-        bytes((text[:9] + 32).tolist()).decode()
-        == "MACBETH" + bytes((text[7:9] + 32).tolist()).decode()
-    )
+    assert bytes((text[:7] + 32).tolist()) == b"MACBETH"
     ids, hidden = sides.windows(text, 50, torch.Generator().manual_seed(0))
     assert ids.shape == hidden.shape == (50, sides.LENGTH)
     assert 0.17 < hidden.float().mean() < 0.23 and 0 <= ids.min() and ids.max() < sides.MASK
