@@ -116,7 +116,7 @@ def collapse_probe(model: nn.Module, task: TaskBatch, *, every: int = 16) -> Pro
     statistics = [torch.stack([torch.stack(row) for row in rows], 1) for rows in seen]
     L = task.ids.shape[1]
     positions = torch.tensor([min(start + every, L) for start in range(0, L, every)])
-    return Probe(positions, *torch.stack(statistics, 1), _binned_loss(logits, task, every))
+    return Probe(positions, *torch.stack(statistics, 1), binned_loss(logits, task, every))
 
 
 def _recorder(scan: Scan, rows: list, every: int) -> Scan:
@@ -145,8 +145,10 @@ def _recorder(scan: Scan, rows: list, every: int) -> Scan:
     return recording
 
 
-def _binned_loss(logits: Tensor, task: TaskBatch, every: int) -> Float[Tensor, " P"]:
-    """Mean loss of the scored positions of each bin of ``every``."""
+def binned_loss(
+    logits: Float[Tensor, "B L vocab"], task: TaskBatch, every: int
+) -> Float[Tensor, " P"]:
+    """Mean loss of the scored positions of each bin of ``every``; NaN where there are none."""
     loss = F.cross_entropy(logits.mT, task.targets, ignore_index=IGNORE, reduction="none").sum(0)
     scored = (task.targets != IGNORE).sum(0)
     short = -len(loss) % every
