@@ -15,7 +15,6 @@ runs the tier below only when a group is complete: tiers of stride 1, 4, 16, ...
 
 | here            | paper    | what                                            | default     |
 |:----------------|:---------|:------------------------------------------------|:------------|
-| levels          |          | of the mu-law codes of sound (`corelib.data`)   | 256         |
 | width           | H        | channels of the upmost tier                     | 64          |
 | pools           | p        | pooling factor of each tier                     | (4, 4)      |
 | expand          | q        | by which a tier is wider than the one above     | 2           |
@@ -43,8 +42,6 @@ from torch import Tensor, nn
 from ..contracts import Chooser
 from .pooling import DownPool, Pooled, UpPool
 from .s4 import S4Block, TwoSidedS4
-
-# --- tiers ----------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -132,9 +129,6 @@ class Tier(nn.Module):
         return x + y, after
 
 
-# --- the model ------------------------------------------------------------------------------------
-
-
 class SaShiMi(nn.Module):
     """Codes of sound in, logits of the next code out.
 
@@ -188,9 +182,6 @@ class SaShiMi(nn.Module):
 def runs_per_sample(pools: tuple[int, ...]) -> list[float]:
     """How often each tier runs for one sample, the upmost first: ``[1, 1/4, 1/16]``."""
     return [1.0, *(1 / stride for stride in itertools.accumulate(pools, operator.mul))]
-
-
-# --- both directions ------------------------------------------------------------------------------
 
 
 class TwoSidedBlock(Block):
