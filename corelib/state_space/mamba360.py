@@ -82,6 +82,8 @@ def _read() -> dict[str, tuple[Member, ...]]:
 
 #: Paradigm -> its models, oldest first.
 PARADIGMS: dict[str, tuple[Member, ...]] = _read()
+#: Name -> model: what a survey's table is called everywhere.
+TAXONOMY: dict[str, Member] = {m.name: m for members in PARADIGMS.values() for m in members}
 
 #: Name -> maker ``(width, state_size)`` of a sequence mixer: ``width * state_size`` numbers of
 #: state, recent inputs apart. `S4ND` is no sequence mixer and stands alone.

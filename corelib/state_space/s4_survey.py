@@ -100,8 +100,9 @@ def _read() -> dict[str, Model]:
     }
 
 
-#: Name -> row, oldest first.
-LINEAGE: dict[str, Model] = _read()
+#: Name -> row, oldest first; ``TAXONOMY`` is what a survey's table is called everywhere.
+TAXONOMY: dict[str, Model] = _read()
+LINEAGE = TAXONOMY
 #: Columns that an edge compares.
 COLUMNS = ("matrix", "mimo", "decides", "discretisation", "training", "order", "step", "state")
 

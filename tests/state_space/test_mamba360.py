@@ -45,6 +45,7 @@ def test_doctest():
 
 def test_the_survey_is_sound_data():
     members = [member for group in PARADIGMS.values() for member in group]
+    assert list(mamba360.TAXONOMY.values()) == members
     assert tuple(PARADIGMS) == NAMES and all(len(group) >= 3 for group in PARADIGMS.values())
     assert len({m.name for m in members}) == len(members) >= 17
     slugs = {method.slug for method in methods()}

@@ -33,7 +33,7 @@ BATCH, LR, BUDGET = 32, 2e-2, 3600
 ADAMW = dict(
     amsgrad=False, maximize=False, beta1=0.9, beta2=0.98, weight_decay=0.01, eps=1e-8
 )  # fmt: skip
-TIMED = ("S4D", "S5", "Mamba", "Transformer", "RNN")
+TIMED = ("S4D", "S5", "Mamba", "Transformer")
 NAMES = ("S4D", "Mamba", "Transformer")  # fixed, selective, and everything kept
 
 
