@@ -6,7 +6,7 @@ the MLP takes what the mixer leaves. Attention keeps 16 numbers a token, so that
 the tasks' length of 20. Every model sees the id before the present one as well; without that, one
 layer of attention could not look for what came after.
 
-An RNN is not among them: a GRU of 320 units has 60 times as many parameters, which is the price of
+An RNN is not among them: a GRU of 320 units has 90 times as many parameters, which is the price of
 such a state there.
 """
 
