@@ -7,6 +7,7 @@ import doctest
 import pytest
 import torch
 
+from corelib.measure.races import s5_rl as recorded_runs
 from corelib.measure.races.scans import GRUMemory
 from corelib.primitives import diagonal_scan, scan_reference
 from corelib.state_space import s5_rl
@@ -193,6 +194,18 @@ def test_it_learns_to_remember():
     ppo = RecurrentPPO(ActorCritic(task, [S5Block(8, 8)], 8), task, steps=6, lr=1e-2)
     curve = ppo.train(18)
     assert abs(curve[0]) < 0.4 and max(curve[-4:]) > 0.8, curve
+
+
+def test_recorded_runs():
+    """Trained beforehand: within a trial the agent gets better, and it was no better before."""
+    runs = recorded_runs.recorded()
+    assert [run["seed"] for run in runs] == list(recorded_runs.SEEDS)
+    for run in runs:
+        assert len(run["curve"]) == recorded_runs.ROLLOUTS
+        assert len(run["after"]) == recorded_runs.STEPS * recorded_runs.EPISODES
+        assert sum(run["after"][4:]) > sum(run["after"][:4]) > sum(run["before"][:4]) + 0.5
+    again = recorded_runs.agent(0).collect().reward.mean(0)
+    torch.testing.assert_close(again, torch.tensor(runs[0]["before"]), atol=0.02, rtol=0)
 
 
 # --- the tasks ------------------------------------------------------------------------------------
