@@ -13,7 +13,7 @@ the products of the chunk's decays, one pass over the chunks' ends, and ``h += p
 That is three times the arithmetic in ``3 sqrt(L)`` calls instead of ``L``. Only products of the
 given decays are formed: nothing is divided, nothing overflows that the recurrence would not.
 
-On a GPU `diagonal_scan` is the kernel `corelib.kernels.diagonal_scan`.
+On a GPU these are the kernels `corelib.kernels.diagonal_scan` and `corelib.kernels.block_scan`.
 
 Backward is the same scan the other way round, over conjugated (transposed) decays. Linear in L in
 time and memory. Oracle: `scan_reference`, a loop.
@@ -94,6 +94,10 @@ def block_scan(
     Arguments and errors as for `diagonal_scan`.
     """
     _check(x, 4, reset, blocks=(blocks, (*x.shape, 2)), state=(state, _state_shape(x)))
+    if x.is_cuda and x.dtype.itemsize >= 4:  # not half precision
+        from corelib.kernels.block_scan import block_scan as kernel
+
+        return kernel(blocks, x, reset=reset, state=state, reverse=reverse)
     if reset is not None:
         blocks = blocks.masked_fill(reset[..., None, None, None], 0)
     state = x.new_zeros(_state_shape(x)) if state is None else state
