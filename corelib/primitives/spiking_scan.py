@@ -89,32 +89,37 @@ def spiking_scan(
 class _Spikes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, state, tau, threshold, slope):
-        h, silent = _walk(x, state, 1 / tau, threshold)
-        ctx.save_for_backward(h, silent)
+        h = _walk(x, state, 1 / tau, threshold)
+        ctx.save_for_backward(h)
         ctx.options = tau, threshold, slope
-        after = h[:, -1] * silent[:, -1] if x.shape[1] else state.clone()
-        return (~silent).to(x.dtype), after
+        fires = h >= threshold
+        after = h[:, -1].masked_fill(fires[:, -1], 0) if x.shape[1] else state.clone()
+        return fires.to(x.dtype), after
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_spikes, d_after):
-        (h, silent), (tau, threshold, slope) = ctx.saved_tensors, ctx.options
+        (h,), (tau, threshold, slope) = ctx.saved_tensors, ctx.options
         keep = 1 - 1 / tau
         p = torch.sigmoid(slope * (h - threshold))
         fed = p.sub(p * p).mul_(d_spikes).mul_(keep * slope)
-        w = diagonal_scan(silent.to(h.dtype) * keep, fed, state=d_after.contiguous(), reverse=True)
+        decay = (h < threshold).to(h.dtype).mul_(keep)
+        w = diagonal_scan(decay, fed, state=d_after.contiguous(), reverse=True)
         return w / (tau - 1), (w[:, 0] if h.shape[1] else d_after), None, None, None
 
 
-def _walk(x: Tensor, v: Tensor, share: float, threshold: float) -> tuple[Tensor, Tensor]:
-    """The membrane before each reset, and where it stays below the threshold."""
-    h, v = torch.empty_like(x, memory_format=torch.contiguous_format), v.clone()
-    silent = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-    for x_t, h_t, silent_t in zip(x.unbind(1), h.unbind(1), silent.unbind(1)):
+def _walk(x: Tensor, v: Tensor, share: float, threshold: float) -> Tensor:
+    """The membrane before each reset.
+
+    In negative numbers: ``torch.threshold`` keeps what is above and clears the rest, so that a
+    step is two calls.
+    """
+    x, v = -x, -v
+    h = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for x_t, h_t in zip(x.unbind(1), h.unbind(1)):
         torch.lerp(v, x_t, share, out=h_t)
-        torch.lt(h_t, threshold, out=silent_t)
-        torch.mul(h_t, silent_t, out=v)
-    return h, silent
+        torch.threshold(h_t, -threshold, 0.0, out=v)
+    return h.neg_()
 
 
 def _check(x, tau, threshold, slope, state) -> Tensor:
