@@ -36,13 +36,14 @@ MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|home|tmp|Users|usr|opt|work)/[\w.
 
 
 def find_labs(names: list[str]) -> list[pathlib.Path]:
-    """Notebook paths for numbers, name fragments or ``all``."""
+    """Notebook paths for numbers, beginnings of names or ``all``."""
     every = sorted(p for p in LABS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
     if names == ["all"]:
         return every
     found = []
     for name in names:
-        matches = [path for path in every if path.stem.startswith(name) or path == LABS / name]
+        wanted = name if "_" in name else f"{name}_"  # 110 is not 1101
+        matches = [path for path in every if path.stem.startswith(wanted) or path == LABS / name]
         if not matches:
             known = ", ".join(path.stem for path in every)
             raise SystemExit(f"no lab starts with {name!r}; there are: {known}")

@@ -15,6 +15,11 @@ spec.loader.exec_module(run_lab)
 LABS = run_lab.find_labs(["all"])
 
 
+def test_a_number_chooses_one_lab():
+    assert [path.stem[:4] for path in run_lab.find_labs(["110", "1101"])] == ["110_", "1101"]
+    assert run_lab.find_labs(["001_start"]) == run_lab.find_labs(["001"])
+
+
 def small_notebook(source: str) -> nbformat.NotebookNode:
     cells = [v4.new_markdown_cell("# A lab"), v4.new_code_cell(""), v4.new_code_cell(source)]
     return v4.new_notebook(cells=cells)
