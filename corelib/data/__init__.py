@@ -5,8 +5,10 @@ from .dna import GENOMES, dna, dna_ids, reverse_complement
 from .images import digits, photograph, upsample
 from .labelled import LabelledBatch
 from .listops import listops
+from .moving_digits import moving_digits
 from .pathfinder import pathfinder
 from .series import SERIES, Series, chronological_split, series
+from .spoken_tones import spoken_tones
 from .synthetic import (
     IGNORE,
     TaskBatch,
@@ -38,6 +40,7 @@ __all__ = [
     "documents",
     "induction",
     "listops",
+    "moving_digits",
     "mqar",
     "mu_law_decode",
     "mu_law_encode",
@@ -48,6 +51,7 @@ __all__ = [
     "selective_copy",
     "series",
     "split_text",
+    "spoken_tones",
     "synth_music",
     "upsample",
 ]

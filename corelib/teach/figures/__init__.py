@@ -17,6 +17,7 @@ from .heat import attention_map, mask_plot, state_heatmap
 from .patches import patch_grid
 from .roof import roofline_plot
 from .show import show
+from .strips import picture_strips
 from .timeline import timeline
 from .tokens import token_intervals
 
@@ -33,6 +34,7 @@ __all__ = [
     "matrix_gallery",
     "paper",
     "patch_grid",
+    "picture_strips",
     "race_plot",
     "roofline_plot",
     "show",
