@@ -5,7 +5,6 @@ from .dna import GENOMES, dna, dna_ids, reverse_complement
 from .images import digits, photograph, upsample
 from .labelled import LabelledBatch
 from .listops import listops
-from .moving_digits import moving_digits
 from .pathfinder import pathfinder
 from .series import SERIES, Series, chronological_split, series
 from .spoken_tones import spoken_tones
@@ -40,7 +39,6 @@ __all__ = [
     "documents",
     "induction",
     "listops",
-    "moving_digits",
     "mqar",
     "mu_law_decode",
     "mu_law_encode",
