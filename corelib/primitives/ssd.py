@@ -105,6 +105,7 @@ def ssd_chunked(
         state = torch.zeros(*x.shape[:2], K, x.shape[3], dtype=wide, device=x.device)
     dt = step_size(dt.to(wide), dt_bias, dt_softplus)
     parts = x.to(wide) * dt[..., None], dt * A[:, None].to(wide), B, C, state.to(wide)
+    chunk = min(chunk, max(1, x.shape[2]))  # a decoding step is not a whole chunk
     y, state = _by_kernel(*parts) if _fits_kernel(x, K) else _by_products(*parts, chunk)
     y = y if D is None else torch.addcmul(y.to(wide), x.to(wide), D[:, None, None].to(wide))
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
