@@ -1,4 +1,4 @@
-"""Muon for the matrices inside the blocks, AdamW for everything else.
+"""Muon for the matrices inside the blocks, AdamW for everything else; AdamW for short trainings.
 
 Muon (Jordan et al., 2024, "Muon: an optimizer for hidden layers in neural networks") replaces a
 matrix's momentum ``M = U S V^T`` by about ``U V^T``, found by five Newton-Schulz steps, so that all
@@ -9,11 +9,13 @@ here it is three times as large, with which the small models learn much faster.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 
 def orthogonalise(m: Float[Tensor, "R K"], steps: int = 5) -> Float[Tensor, "R K"]:
@@ -67,3 +69,70 @@ def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
         is_map = p.dim() == 2 and ".layers." in f".{name}" and not name.endswith("A_log")
         (matrices if is_map else rest).append(p)
     return [Muon(matrices, lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+class FusedAdamW:
+    """AdamW for short trainings: one call differentiates, clips, steps and returns the loss.
+
+    ``torch.optim``'s classes import the compiler when the first is made, which takes longer than
+    many of this lab's trainings; this one calls the fused function beneath them.
+
+    Args:
+        parameters: what is trained, or groups ``{"params": …, "lr": …}`` as for ``torch.optim``.
+        lr: the learning rate of a step with ``share = 1``; a group's own ``"lr"`` comes first.
+        clip: the largest norm of all gradients together; None does not clip.
+
+    Raises:
+        ValueError: nothing to train.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor] | Iterable[dict],
+        lr: float,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        clip: float | None = None,
+    ):
+        given = list(parameters)
+        if not given:
+            raise ValueError("parameters: expected at least one tensor or group, got none")
+        groups = given if isinstance(given[0], dict) else [{"params": given}]
+        self.groups = [(list(group["params"]), group.get("lr", lr)) for group in groups]
+        self.parameters = [p for group, _ in self.groups for p in group]
+        self.clip = clip
+        self._fixed = dict(beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
+        self._averages = [
+            ([torch.zeros_like(p) for p in group], [torch.zeros_like(p) for p in group])
+            for group, _ in self.groups
+        ]
+        self._steps = [[torch.zeros(()) for _ in group] for group, _ in self.groups]
+
+    def step(self, loss: Tensor, share: float = 1.0) -> float:
+        """Descend ``loss`` (a scalar with a graph) at ``share`` of each rate; the loss's value."""
+        gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+        self.apply(gradients, share)
+        return loss.item()
+
+    @torch.no_grad()
+    def apply(self, gradients: Sequence[Tensor], share: float = 1.0) -> None:
+        """One step along ``gradients``, in the order of ``self.parameters``."""
+        if self.clip is not None:
+            norm = torch.stack([g.norm() for g in gradients]).norm()
+            scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
+            gradients = [scale * g for g in gradients]
+        rest = iter(gradients)
+        for (group, lr), averages, steps in zip(
+            self.groups, self._averages, self._steps, strict=True
+        ):
+            adamw(
+                group, [next(rest) for _ in group], *averages, [], steps, lr=lr * share,
+                amsgrad=False, maximize=False, fused=True, **self._fixed,
+            )  # fmt: skip
+
+
+def warm_cosine(step: int, steps: int, warm: int) -> float:
+    """The share of the learning rate at ``step``: up for ``warm`` steps, then a cosine to zero."""
+    return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
