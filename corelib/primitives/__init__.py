@@ -36,6 +36,13 @@ from .discretise import (
     zero_order_hold,
     zero_order_hold_diagonal,
 )
+from .feature_maps import (
+    symmetric_taylor_features,
+    symmetric_taylor_width,
+    taylor_features,
+    taylor_kernel,
+    taylor_width,
+)
 from .fft_conv import direct_conv_reference, fft_conv, two_sided_fft_conv
 from .gather_decode import gather_decode, gather_decode_reference
 from .linear_recurrence import linear_recurrence
@@ -122,6 +129,11 @@ __all__ = [
     "spiking_scan_reference",
     "ssd_chunked",
     "ssd_reference",
+    "symmetric_taylor_features",
+    "symmetric_taylor_width",
+    "taylor_features",
+    "taylor_kernel",
+    "taylor_width",
     "top_blocks",
     "two_sided_fft_conv",
     "unpack",
