@@ -30,17 +30,16 @@ the mixers; the sum over positions skips it. Cost: `train_and_score` takes secon
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from ..data import LabelledBatch
 from ..measure.score import Score, wilson
+from ..models.optim import FusedAdamW, warm_cosine
 from .lra_tasks import Task, full_arena, lab_arena
 
 __all__ = [
@@ -77,9 +76,7 @@ LRA_2020 = {
     "Performer": (18.01, 65.40, 53.82, 42.77, 77.05),
 }
 #: What `train_and_score` does not change: torch's defaults.
-ADAMW = dict(
-    beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, amsgrad=False, maximize=False, fused=True
-)
+BETAS = (0.9, 0.999)
 PAPER_TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 
 
@@ -209,21 +206,13 @@ def train_and_score(
 
 
 def _fit(model, train, steps, batch, lr, generator) -> list[float]:
-    parameters = list(model.parameters())
-    # torch.optim's classes import the compiler, which takes longer than these trainings.
-    moments = [[torch.zeros_like(p) for p in parameters] for _ in range(2)]
-    counts = [torch.zeros(()) for _ in parameters]
-    warm = max(1, steps // 10)
-    plan = [min((t + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * t / steps)) for t in range(steps)]
+    optimiser = FusedAdamW(model.parameters(), lr, betas=BETAS, weight_decay=0.01)
     losses = []
-    for share in plan:
+    for step in range(steps):
         rows = torch.randint(len(train.labels), (batch,), generator=generator)
         chosen = LabelledBatch(*(part[rows] for part in train))
         loss = F.cross_entropy(model(chosen), chosen.labels)
-        gradients = torch.autograd.grad(loss, parameters)
-        with torch.no_grad():
-            adamw(parameters, gradients, *moments, [], counts, lr=lr * share, **ADAMW)
-        losses.append(loss.item())
+        losses.append(optimiser.step(loss, warm_cosine(step, steps, max(1, steps // 10))))
     return losses
 
 

@@ -133,6 +133,6 @@ class FusedAdamW:
             )  # fmt: skip
 
 
-def warm_cosine(step: int, steps: int, warm: int) -> float:
+def warm_cosine(step: int, steps: int, warm: float) -> float:
     """The share of the learning rate at ``step``: up for ``warm`` steps, then a cosine to zero."""
     return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))

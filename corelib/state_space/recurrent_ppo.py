@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from corelib.primitives.diagonal_scan import diagonal_scan
 
+from ..models.optim import FusedAdamW
 from ..training.policy_gradient import clipped_surrogate
 from ..training.rollout import token_stats
 from .memory_tasks import Environment
@@ -159,13 +159,13 @@ class RecurrentPPO:
         if steps < 1 or epochs < 1:
             raise ValueError(f"steps, epochs: expected at least 1, got {steps} and {epochs}")
         self.policy, self.environment = policy, environment
-        self.steps, self.epochs, self.parts, self.lr = steps, epochs, parts, lr
-        self.discount, self.trace, self.clip, self.clip_norm = discount, trace, clip, clip_norm
+        self.steps, self.epochs, self.parts = steps, epochs, parts
+        self.discount, self.trace, self.clip = discount, trace, clip
         self.entropy_weight, self.value_weight = entropy_weight, value_weight
         self.generator = torch.Generator().manual_seed(seed)
-        parameters = list(policy.parameters())
-        self._moments = [[torch.zeros_like(p) for p in parameters] for _ in range(2)]
-        self._counts = [torch.zeros(()) for _ in parameters]
+        self._optimiser = FusedAdamW(
+            policy.parameters(), lr, betas=(0.9, 0.999), eps=1e-5, clip=clip_norm
+        )
         everyone = torch.ones(environment.batch, dtype=torch.bool)
         self._now = environment.start(), policy.init_state(environment.batch), everyone
 
@@ -198,33 +198,21 @@ class RecurrentPPO:
         act = clipped_surrogate(log_prob, part.log_prob, gain, **bounds).mean()
         return act + self.value_weight * miss - self.entropy_weight * entropy.mean()
 
-    def learn(self, rollout: Rollout) -> None:
-        """``epochs`` times ``parts`` steps of Adam."""
+    def learn(self, rollout: Rollout, share: float = 1.0) -> None:
+        """``epochs`` times ``parts`` steps of Adam, at ``share`` of the learning rate."""
         told = (rollout.reward, rollout.value, rollout.done, rollout.next_value)
         gain = advantages(*told, discount=self.discount, trace=self.trace)
         for _ in range(self.epochs):
             order = torch.randperm(self.environment.batch, generator=self.generator)
             for rows in order.chunk(self.parts):
-                self._descend(self.loss(rollout, gain, rows))
+                self._optimiser.step(self.loss(rollout, gain, rows), share)
 
-    def _descend(self, loss: Tensor) -> None:
-        parameters = list(self.policy.parameters())
-        gradients = torch.autograd.grad(loss, parameters)
-        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-        shrink = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        with torch.no_grad():  # torch.optim's classes import the compiler: seconds, here
-            adamw(
-                parameters, [shrink * g for g in gradients], *self._moments, [], self._counts,
-                lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-5, weight_decay=0.0, amsgrad=False,
-                maximize=False,
-            )  # fmt: skip
-
-    def train(self, rollouts: int) -> list[float]:
+    def train(self, rollouts: int, share: float = 1.0) -> list[float]:
         """So many rollouts, learned from; the reward of each over the episodes ended in it."""
         curve = []
         for _ in range(rollouts):
             rollout = self.collect()
-            self.learn(rollout)
+            self.learn(rollout, share)
             ended = int(rollout.done.sum())
             curve.append(rollout.reward.sum().item() / ended if ended else float("nan"))
         return curve

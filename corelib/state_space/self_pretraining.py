@@ -30,22 +30,16 @@ Oracle: the released configurations (IdoAmos/not-from-scratch) for p, losses and
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from ..data import LabelledBatch
+from ..models.optim import FusedAdamW, warm_cosine
 from .denoising import SelfPretrainer, check_share, mask_tokens  # noqa: F401  (their home)
 from .s4d import Diagonal
-
-ADAMW = dict(
-    beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01, amsgrad=False, maximize=False, fused=True
-)
-
 
 # --- the recipe -----------------------------------------------------------------------------------
 
@@ -185,14 +179,5 @@ def _draw(examples: LabelledBatch, batch: int, generator: torch.Generator) -> La
 def _descend(
     parameters: Sequence[Tensor], loss: Callable[[], Tensor], steps: int, lr: float
 ) -> list[float]:
-    """AdamW, as a function: the optimiser's classes take longer to import than this takes."""
-    moments = [[torch.zeros_like(x) for x in parameters] for _ in range(2)]
-    counts, losses = [torch.zeros(()) for _ in parameters], []
-    for step in range(steps):
-        now = loss()
-        gradients = torch.autograd.grad(now, parameters)
-        share = min(10 * (step + 1) / steps, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        with torch.no_grad():
-            adamw(parameters, gradients, *moments, [], counts, lr=lr * share, **ADAMW)
-        losses.append(now.item())
-    return losses
+    optimiser = FusedAdamW(parameters, lr, weight_decay=0.01)
+    return [optimiser.step(loss(), warm_cosine(t, steps, steps / 10)) for t in range(steps)]

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from ...data import synthetic
 from ...data.synthetic import IGNORE, TaskBatch
+from ...models.optim import FusedAdamW
 from ...state_space.mamba import MambaBlock, initial_dt_bias
 from ...state_space.mamba2 import Mamba2Block
 from ...state_space.mamba360 import LAYERS, make_layer
@@ -30,9 +30,6 @@ from . import Row, register, rows
 
 WIDTH, STATE, LENGTH, VOCAB = 16, 20, 20, 12
 BATCH, LR, BUDGET = 32, 2e-2, 3600
-ADAMW = dict(
-    amsgrad=False, maximize=False, beta1=0.9, beta2=0.98, weight_decay=0.01, eps=1e-8
-)  # fmt: skip
 TIMED = ("S4D", "S5", "Mamba", "Transformer")
 NAMES = ("S4D", "Mamba", "Transformer")  # fixed, selective, and everything kept
 
@@ -111,20 +108,12 @@ def train(model: nn.Module, task: Task, *, steps: int | None = None, seed: int =
     """Fresh sequences at every step; the losses. AdamW, warmed up and cooled down linearly."""
     generator = torch.Generator().manual_seed(1000 + seed)
     steps, losses = task.steps if steps is None else steps, []
-    parameters = list(model.parameters())
-    first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
-    counts = [torch.zeros(()) for _ in parameters]
+    optimiser = FusedAdamW(model.parameters(), LR, betas=(0.9, 0.98), weight_decay=0.01, clip=1.0)
     for n in range(steps):
         ids, targets = task.draw(BATCH, generator)
         scored = targets != IGNORE
         loss = F.cross_entropy(model(ids)[scored], targets[scored])
-        grads = torch.autograd.grad(loss, parameters, materialize_grads=True)
-        norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in grads]))
-        grads = [g / norm.clamp(min=1.0) for g in grads]
-        share = min(1.0, (n + 1) / 20, (steps - n) / steps * 2)
-        with torch.no_grad():
-            adamw(parameters, grads, first, second, [], counts, lr=LR * share, **ADAMW)
-        losses.append(loss.item())
+        losses.append(optimiser.step(loss, min(1.0, (n + 1) / 20, (steps - n) / steps * 2)))
     return losses
 
 

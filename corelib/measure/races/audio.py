@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from ...data.audio import mu_law_encode, synth_music
+from ...models.optim import FusedAdamW, warm_cosine
 from ...state_space.sashimi import SaShiMi
 from ...state_space.shared import parameter_groups
 from ..gradients import forward_backward
@@ -35,7 +35,7 @@ from . import Row, register, rows
 RUNS = pathlib.Path(__file__).with_suffix(".json")
 LEVELS, LENGTH, BEAT = 64, 1024, 1 / 16
 STEPS, CONTEXTS = 300, (16, 32, 64, 128, 256, 512)
-ADAM = dict(amsgrad=False, beta1=0.9, beta2=0.98, eps=1e-8, weight_decay=0.0, maximize=False)
+BETAS = (0.9, 0.98)
 
 
 class WaveNet(nn.Module):
@@ -120,27 +120,15 @@ def fit(
     """Adam with a cosine to zero: bits a code, step by step.
 
     S4's own parameters learn at ``system_share`` of ``lr``; ``after`` is called behind each
-    step. The functional form is used, for ``torch.optim``'s classes import for two seconds.
+    step.
     """
     groups, curve = parameter_groups(model, lr, system_lr=system_share * lr), []
-    shares = {id(p): group["lr"] for group in groups for p in group["params"]}
-    parameters = list(model.parameters())
-    moments = [[torch.zeros_like(p) for p in parameters] for _ in range(2)]
-    counts = [torch.zeros(()) for _ in parameters]
+    optimiser = FusedAdamW(groups, lr, betas=BETAS, clip=1.0)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         chosen = torch.randint(len(codes), (batch,), generator=generator)
         value = loss(model, codes[chosen])
-        gradients = torch.autograd.grad(value, parameters)
-        norm = torch.stack([g.norm() for g in gradients]).norm().clamp(min=1)
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        for rate in set(shares.values()):
-            mine = [i for i, p in enumerate(parameters) if shares[id(p)] == rate]
-            lists = (parameters, [g / norm for g in gradients], *moments, counts)
-            p, g, m, v, n = ([each[i] for i in mine] for each in lists)
-            with torch.no_grad():
-                adamw(p, g, m, v, [], n, lr=rate * cosine, **ADAM)
-        curve.append(value.item() / math.log(2))
+        curve.append(optimiser.step(value, warm_cosine(step, steps, 1)) / math.log(2))
         if after is not None:
             after()
     return curve

@@ -42,8 +42,7 @@ def run(seed: int, rollouts: int = ROLLOUTS) -> dict:
     before = ppo.collect().reward.mean(0)
     curve = []
     for i in range(rollouts):
-        ppo.lr = LR * (1 - i / rollouts)
-        curve += ppo.train(1)
+        curve += ppo.train(1, share=1 - i / rollouts)
     after = torch.stack([ppo.collect().reward.mean(0) for _ in range(4)]).mean(0)
     rounded = {"before": before, "after": after, "curve": torch.tensor(curve)}
     rounded = {name: [round(v, 3) for v in x.tolist()] for name, x in rounded.items()}
