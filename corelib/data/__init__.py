@@ -7,6 +7,7 @@ from .labelled import LabelledBatch
 from .listops import listops
 from .pathfinder import pathfinder
 from .series import SERIES, Series, chronological_split, series
+from .set_tasks import set_disjointness
 from .spoken_tones import spoken_tones
 from .synthetic import (
     IGNORE,
@@ -48,6 +49,7 @@ __all__ = [
     "reverse_complement",
     "selective_copy",
     "series",
+    "set_disjointness",
     "split_text",
     "spoken_tones",
     "synth_music",
