@@ -43,12 +43,13 @@ from .feature_maps import (
     taylor_kernel,
     taylor_width,
 )
-from .fft_conv import direct_conv_reference, fft_conv, two_sided_fft_conv
+from .fft_conv import direct_conv_reference, fft_conv, gated_fft_conv, two_sided_fft_conv
 from .gather_decode import gather_decode, gather_decode_reference
 from .linear_recurrence import linear_recurrence
 from .linear_recurrence_varlen import linear_recurrence_varlen
 from .masks import Mask
 from .merge import merge_partials
+from .monarch import monarch_conv, monarch_factors
 from .rope import (
     dynamic_ntk_frequencies,
     half_split_to_interleaved,
@@ -98,6 +99,7 @@ __all__ = [
     "direct_conv_reference",
     "dynamic_ntk_frequencies",
     "fft_conv",
+    "gated_fft_conv",
     "gather_decode",
     "gather_decode_reference",
     "grouped_block_scores",
@@ -112,6 +114,8 @@ __all__ = [
     "masks",
     "mass_blocks",
     "merge_partials",
+    "monarch_conv",
+    "monarch_factors",
     "ntk_frequencies",
     "pack",
     "pool_blocks",

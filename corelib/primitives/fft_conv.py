@@ -3,6 +3,7 @@
     y[t] = sum_{j <= t} kernel[t - j] u[j]                                    (`fft_conv`)
     y[t] = sum_{j <= t} kernel[t - j] u[j] + sum_{j > t} ahead[j - t - 1] u[j]
                                                                     (`two_sided_fft_conv`)
+    y[t] = out_gate[t] sum_{j <= t} kernel[t - j] in_gate[j] u[j]           (`gated_fft_conv`)
 
 Multiplying two spectra convolves their signals around a circle, so both are padded with zeros to a
 circle that is long enough that nothing comes round: at least ``L + K - 1`` points. The cost is
@@ -65,6 +66,21 @@ def two_sided_fft_conv(
     circle = fast_length(2 * L - 1)
     gap = taps.new_zeros(*taps.shape[:-1], circle - taps.shape[-1] - back.shape[-1])
     return _convolve(u, torch.cat([taps, gap, back], -1), circle)
+
+
+def gated_fft_conv(
+    u: Float[Tensor, "*batch_and_channels L"],
+    kernel: Float[Tensor, "*channels K"],
+    in_gate: Float[Tensor, "*batch_and_channels L"] | None = None,
+    out_gate: Float[Tensor, "*batch_and_channels L"] | None = None,
+) -> Float[Tensor, "*batch_and_channels L"]:
+    """`fft_conv` between two gates of ``u``'s shape, as in H3 and Hyena; None leaves one out.
+
+    Raises as `fft_conv` does; ValueError also for a gate of another shape.
+    """
+    _check_gates(u, in_gate=in_gate, out_gate=out_gate)
+    y = fft_conv(u if in_gate is None else u * in_gate, kernel)
+    return y if out_gate is None else y * out_gate
 
 
 def direct_conv_reference(
@@ -139,3 +155,13 @@ def _check(u: Tensor, **kernels: Tensor) -> None:
             )
         if kernel.shape[-1] == 0:
             raise ValueError(f"{name}: expected at least one tap, got shape {tuple(kernel.shape)}")
+
+
+def _check_gates(u: Tensor, **gates: Tensor | None) -> None:
+    given = {name: gate for name, gate in gates.items() if gate is not None}
+    check_same_kind(u=u, **given)
+    for name, gate in given.items():
+        if gate.shape != u.shape:
+            raise ValueError(
+                f"{name}: expected the shape of u, {tuple(u.shape)}, got {tuple(gate.shape)}"
+            )

@@ -6,7 +6,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corelib.primitives import direct_conv_reference, fft_conv, two_sided_fft_conv
+from corelib.primitives import (
+    direct_conv_reference,
+    fft_conv,
+    gated_fft_conv,
+    two_sided_fft_conv,
+)
 from corelib.primitives.fft_conv import fast_length
 
 EXACT = dict(atol=1e-11, rtol=1e-11)
@@ -53,6 +58,28 @@ def test_gradients_equal_those_of_the_sum(L, K):
     for x, y in zip(got, wanted):
         torch.testing.assert_close(x, y, **EXACT)
     assert torch.autograd.gradcheck(two_sided_fft_conv, (u, kernel, ahead))
+
+
+@pytest.mark.parametrize(("L", "K"), [(1, 1), (7, 7), (12, 5), (5, 9)])
+def test_gates_stand_before_and_behind(L, K):
+    leaves = [rand(2, 3, L), rand(3, K), rand(2, 3, L, seed=1), rand(2, 3, L, seed=2)]
+    u, kernel, in_gate, out_gate = (x.requires_grad_() for x in leaves)
+    wanted = out_gate * direct_conv_reference(in_gate * u, kernel)
+    got = gated_fft_conv(*leaves)
+    torch.testing.assert_close(got, wanted, **EXACT)
+    results = [torch.autograd.grad(y.cos().sum(), leaves) for y in (got, wanted)]
+    for x, y in zip(*results):
+        torch.testing.assert_close(x, y, **EXACT)
+    torch.testing.assert_close(gated_fft_conv(u, kernel), fft_conv(u, kernel))
+
+
+@pytest.mark.no_shape_checks
+def test_a_gate_of_another_shape_is_named():
+    u, kernel = rand(2, 3, 5), rand(3, 5)
+    with pytest.raises(ValueError, match=r"in_gate: expected the shape of u, \(2, 3, 5\), got"):
+        gated_fft_conv(u, kernel, u[:1])
+    with pytest.raises(TypeError, match="out_gate: expected the dtype of u"):
+        gated_fft_conv(u, kernel, None, u.float())
 
 
 def test_only_one_gradient_is_asked_for():
