@@ -197,8 +197,8 @@ def check_device(name: str, kernel: Any, *tensors: torch.Tensor) -> None:
             raise TypeError(f"{name}: Triton's interpreter cannot compute in bfloat16")
     elif not all(x.is_cuda for x in tensors):
         raise ValueError(
-            f"{name}: expected CUDA tensors, got {[str(x.device) for x in tensors]}; "
-            "corelib.primitives.attention runs on a CPU"
+            f"{name}: expected CUDA tensors, got {[str(x.device) for x in tensors]}; on a CPU "
+            "use a method's plain PyTorch form (corelib.primitives)"
         )
 
 
