@@ -1,0 +1,100 @@
+"""RAT and local attention in turn: the hybrid of RAT (arXiv 2507.04416), see `rat`.
+
+RAT reaches far and blurs what is inside a chunk; attention with a window is sharp and short. Layers
+take turns, each behind a norm and beside a residual. A decoding step reads the ends of all chunks
+in one kind of layer and ``window`` keys in the other: cost and cache grow with half the layers'
+``L / chunk``. The paper's window is 1024.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from corelib.linear_time.rat import CHUNK, RAT
+from corelib.primitives import attention, rope_frequencies, rope_half_split
+from corelib.primitives.sliding_window import RingCache
+
+
+class LocalAttention(nn.Module):
+    """Attention to the last ``window`` tokens and the first ``sinks``; a sequence mixer."""
+
+    def __init__(self, C: int, heads: int, *, window: int, sinks: int = 0):
+        super().__init__()
+        if heads < 1 or C % (2 * heads):
+            raise ValueError(f"heads: expected C = {C} in shares of even width, got {heads}")
+        RingCache(window, sinks)  # checks both
+        self.heads, self.window, self.sinks = heads, window, sinks
+        self.enter, self.out = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
+        self.frequencies = rope_frequencies(C // heads)
+
+    def init_state(self, batch: int) -> RingCache:
+        """An empty ring; `forward` leaves the one it is given as it is, `step` writes into it."""
+        return RingCache(self.window, self.sinks)
+
+    def forward(
+        self, x: Float[Tensor, "B L C"], state: RingCache | None = None
+    ) -> tuple[Float[Tensor, "B L C"], RingCache]:
+        """``(y, state)`` over a stretch of tokens."""
+        state = self.init_state(len(x)) if state is None else state.copy()
+        q, k, v = self._project(x, state.seen)
+        before = state.ordered()
+        state.extend(k, v)
+        if before is not None:
+            k, v = (torch.cat(pair, 2) for pair in zip(before, (k, v)))
+        mixed = attention(q, k, v, causal=True, window=self.window, sinks=self.sinks)
+        return self.out(mixed.transpose(1, 2).flatten(2)), state
+
+    def step(
+        self, x_t: Float[Tensor, "B C"], state: RingCache
+    ) -> tuple[Float[Tensor, "B C"], RingCache]:
+        """One token."""
+        mixed = state.step(*self._project(x_t[:, None], state.seen))
+        return self.out(mixed.flatten(1)), state
+
+    def _project(self, x: Tensor, position: int) -> tuple[Tensor, ...]:
+        heads = self.enter(x).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)
+        q, k, v = heads.chunk(3, 1)
+        positions = torch.arange(position, position + x.shape[1], device=x.device)
+        turn = positions, self.frequencies.to(x.device)
+        return rope_half_split(q, *turn), rope_half_split(k, *turn), v
+
+
+class RATHybrid(nn.Module):
+    """``layers`` in turn, RAT first; a sequence mixer whose state is a list."""
+
+    def __init__(
+        self, C: int, heads: int, *, chunk: int = CHUNK, window: int = 1024, layers: int = 2
+    ):
+        super().__init__()
+        if layers < 1:
+            raise ValueError(f"layers: expected at least 1, got {layers}")
+        self.mixers = nn.ModuleList(
+            LocalAttention(C, heads, window=window) if i % 2 else RAT(C, heads, chunk=chunk)
+            for i in range(layers)
+        )
+
+    def init_state(self, batch: int) -> list:
+        return [mixer.init_state(batch) for mixer in self.mixers]
+
+    def forward(
+        self, x: Float[Tensor, "B L C"], state: list | None = None
+    ) -> tuple[Float[Tensor, "B L C"], list]:
+        """``(y, state)`` over a stretch of tokens."""
+        states = []
+        for mixer, held in zip(self.mixers, state or [None] * len(self.mixers)):
+            y, held = mixer(F.rms_norm(x, x.shape[-1:]), held)
+            x = x + y
+            states.append(held)
+        return x, states
+
+    def step(self, x_t: Float[Tensor, "B C"], state: list) -> tuple[Float[Tensor, "B C"], list]:
+        """One token."""
+        states = []
+        for mixer, held in zip(self.mixers, state):
+            y, held = mixer.step(F.rms_norm(x_t, x_t.shape[-1:]), held)
+            x_t = x_t + y
+            states.append(held)
+        return x_t, states
