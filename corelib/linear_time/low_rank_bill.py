@@ -1,0 +1,85 @@
+"""What a transformer layer costs in full, with thin weights, and with Linformer: counted, and as
+formulas (`greenformers`).
+
+A layer has four square projections and a feed-forward ``4 C`` wide: ``12 C^2`` multiplications a
+token; attention adds ``2 n C``. Factors of rank ``r`` make the weights ``8 C r + 10 C r``.
+Linformer pays ``2 k C`` for attention and ``2 k C`` for mixing keys and values, whatever ``n``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from corelib.measure.memory import peak_memory
+from corelib.measure.work import count_work
+
+
+def layer_macs(n: int, C: int, *, rank: int | None = None, keys: int | None = None) -> int:
+    """Multiplications a token of one layer on ``n`` tokens, by the formulas at the top.
+
+    ``rank``: of every weight (LRT); ``keys``: Linformer's; None is full, and both may be given.
+    """
+    weights = 12 * C * C if rank is None else 18 * C * rank
+    return weights + (2 * n * C if keys is None else 4 * keys * C)
+
+
+def crossover(C: int, rank: int, keys: int) -> int:
+    """The length up to which LRT multiplies less than Linformer (below 0: nowhere)."""
+    return 6 * C + 2 * keys - 9 * rank
+
+
+class Cost(NamedTuple):
+    """One forward pass: operations (a multiplication and an addition are two), numbers and bytes.
+
+    ``peak_bytes``: the most that tensors made on the way held at one time.
+    """
+
+    operations: int
+    parameters: int
+    weight_bytes: int
+    peak_bytes: int
+
+
+@torch.no_grad()
+def flops_params_memory(model: nn.Module, *inputs: Tensor) -> Cost:
+    """Counted on ``model(*inputs)`` as it runs, not taken from formulas."""
+    weights = list(model.parameters())
+    return Cost(
+        count_work(lambda: model(*inputs)),
+        sum(w.numel() for w in weights),
+        sum(w.nbytes for w in weights),
+        peak_memory(lambda: model(*inputs)),
+    )
+
+
+class EnergyEstimate(NamedTuple):
+    """An estimate, nothing measured: it is proportional to the operations that went in."""
+
+    seconds: float
+    kwh: float
+    grams_co2: float
+
+
+def energy_estimate(
+    operations: float,
+    *,
+    operations_per_second: float,
+    watts: float,
+    overhead: float = 1.58,
+    grams_co2_per_kwh: float = 433.0,
+) -> EnergyEstimate:
+    """What so many operations may take on hardware that *reaches* this rate at this power.
+
+    ``overhead`` of the data centre and CO2 (0.954 pounds a kWh, the USA) as in Strubell et al.,
+    arXiv 1906.02243.
+    """
+    named = dict(operations=operations, operations_per_second=operations_per_second, watts=watts)
+    for name, value in named.items():
+        if not value > 0:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+    seconds = operations / operations_per_second
+    kwh = overhead * watts * seconds / 3.6e6
+    return EnergyEstimate(seconds, kwh, grams_co2_per_kwh * kwh)
