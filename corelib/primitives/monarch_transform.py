@@ -32,7 +32,7 @@ def monarch_factors(points: int, largest: int = LARGEST) -> tuple[int, ...]:
     if isinstance(largest, bool) or not isinstance(largest, int) or largest < 2:
         raise ValueError(f"largest: expected a whole number of at least 2, got {largest!r}")
     for order in range(1, points.bit_length() + 1):
-        factors = _split(points, order)
+        factors = balanced_factors(points, order)
         if max(factors) <= largest:
             return factors
     return factors
@@ -72,13 +72,13 @@ def monarch_fft(
     M = math.prod(factors)
     if x.shape[-1] > M:
         raise ValueError(f"x: expected at most {M} points for factors {factors}, got {x.shape[-1]}")
-    matrix = _dft(first, x.dtype, x.device)
+    matrix = dft_matrix(first, x.dtype, x.device)
     if not rest:
         return x @ matrix[: x.shape[-1]]
     columns = M // first
     rows = -(-x.shape[-1] // columns)
     x = F.pad(x, (0, rows * columns - x.shape[-1])).unflatten(-1, (rows, columns))
-    y = (matrix[:, :rows] @ x) * _twiddles(first, columns, x.dtype, x.device)
+    y = (matrix[:, :rows] @ x) * twiddles(first, columns, x.dtype, x.device)
     return monarch_fft(y, rest).flatten(-2)
 
 
@@ -93,12 +93,12 @@ def monarch_ifft(
     points = M if points is None else points
     if not 0 <= points <= M:
         raise ValueError(f"points: expected 0 to {M}, got {points}")
-    matrix = _dft(first, spectrum.dtype, spectrum.device).conj() / first
+    matrix = dft_matrix(first, spectrum.dtype, spectrum.device).conj() / first
     if not rest:
         return spectrum @ matrix[:, :points]
     columns = M // first
     y = monarch_ifft(spectrum.unflatten(-1, (first, columns)), rest)
-    y = y * _twiddles(first, columns, y.dtype, y.device).conj()
+    y = y * twiddles(first, columns, y.dtype, y.device).conj()
     return (matrix[: -(-points // columns)] @ y).flatten(-2)[..., :points]
 
 
@@ -113,8 +113,32 @@ def unpack_real(z: Complex[Tensor, "*rows M"], length: int) -> Float[Tensor, "*r
     return torch.view_as_real(z).flatten(-2)[..., :length]
 
 
-def _split(points: int, order: int) -> tuple[int, ...]:
-    """``order`` factors (fewer for a number with fewer primes), each near the root of the rest."""
+def first_product(
+    x: Float[Tensor, "*batch points"], N1: int, N2: int, kept: int
+) -> Complex[Tensor, "*batch {kept} {N2}"]:
+    """The first ``kept`` rows of ``(F_N1 @ X) * W`` for real ``x`` with zeros behind it."""
+    rows = -(-x.shape[-1] // N2)
+    X = F.pad(x, (0, rows * N2 - x.shape[-1])).unflatten(-1, (rows, N2))
+    dtype = x.dtype.to_complex()
+    matrix = dft_matrix(N1, dtype, x.device)[:kept, :rows]
+    y = torch.cat([matrix.real, matrix.imag]) @ X  # half of what a complex product costs
+    y = torch.complex(y[..., :kept, :], y[..., kept:, :])
+    return y * twiddles(N1, N2, dtype, x.device)[:kept]
+
+
+def last_product(
+    y: Complex[Tensor, "*batch rows N2"], N1: int, points: int
+) -> Float[Tensor, "*batch {points}"]:
+    """The transpose of `first_product`: real part of ``conj(F_N1) @ (conj(W) * y)``, laid flat."""
+    kept, N2 = y.shape[-2:]
+    y = y * twiddles(N1, N2, y.dtype, y.device)[:kept].conj()
+    matrix = dft_matrix(N1, y.dtype, y.device)[: -(-points // N2), :kept]
+    x = torch.cat([matrix.real, matrix.imag], 1) @ torch.cat([y.real, y.imag], -2)
+    return x.flatten(-2)[..., :points]
+
+
+def balanced_factors(points: int, order: int) -> tuple[int, ...]:
+    """``order`` factors (fewer where ``points`` has fewer primes), each near the rest's root."""
     if order == 1 or points == 1:
         return (points,)
     divisors = [d for d in range(2, math.isqrt(points) + 1) if points % d == 0]
@@ -123,10 +147,11 @@ def _split(points: int, order: int) -> tuple[int, ...]:
         return (points,)
     root = math.log(points) / order
     first = min(divisors, key=lambda d: (abs(math.log(d) - root), d))
-    return (first, *_split(points // first, order - 1))
+    return (first, *balanced_factors(points // first, order - 1))
 
 
 def check_factors(factors: Sequence[int]) -> tuple[int, ...]:
+    """``factors`` as a tuple; ValueError unless they are whole numbers of at least 1."""
     factors = tuple(factors)
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in factors)
     if not factors or not whole:
@@ -142,12 +167,14 @@ def phase(turns: Tensor, period: int, dtype: torch.dtype, device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _dft(n: int, dtype: torch.dtype, device) -> Tensor:
+def dft_matrix(n: int, dtype: torch.dtype, device) -> Tensor:
+    """``F_n``, ``(n, n)``."""
     turns = torch.arange(n)
     return phase(turns[:, None] * turns, n, dtype, device)
 
 
 @functools.lru_cache(maxsize=64)
-def _twiddles(first: int, columns: int, dtype: torch.dtype, device) -> Tensor:
+def twiddles(first: int, columns: int, dtype: torch.dtype, device) -> Tensor:
+    """``W[k1, n2]``, ``(first, columns)``; kept between calls, as `dft_matrix` is."""
     turns = torch.arange(first)[:, None] * torch.arange(columns)
     return phase(turns, first * columns, dtype, device)
