@@ -36,6 +36,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from corelib.primitives.fft_conv import fft_conv, two_sided_fft_conv
 
@@ -126,6 +127,10 @@ class S4State:
         if self._x is None:
             self._x, self._make = self._make(), None
         return self._x
+
+
+# so that probes can count and perturb the states of S4 and S4D like any others
+register_pytree_node(S4State, lambda state: ([state.x], None), lambda xs, _: S4State(lambda: xs[0]))
 
 
 class S4(nn.Module):

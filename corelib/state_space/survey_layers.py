@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import register_pytree_node
 
 from corelib.primitives import (
     attention,
@@ -38,14 +37,10 @@ from corelib.primitives import (
 
 from .dplr import final_state, free_outputs, krylov
 from .mamba import MambaBlock
-from .s4 import S4State
 from .s4d import S4D
 from .shared import hippo_legs
 
 Sequence = Float[Tensor, "B L C"]
-
-# so that probes can count and perturb the states of S4 and S4D like any others
-register_pytree_node(S4State, lambda state: ([state.x], None), lambda xs, _: S4State(lambda: xs[0]))
 
 
 class ByForward(nn.Module):
