@@ -50,6 +50,11 @@ from .linear_recurrence_varlen import linear_recurrence_varlen
 from .masks import Mask
 from .merge import merge_partials
 from .monarch import monarch_conv, monarch_factors
+from .random_features import (
+    gaussian_directions,
+    orthogonal_directions,
+    positive_features,
+)
 from .rope import (
     dynamic_ntk_frequencies,
     half_split_to_interleaved,
@@ -67,6 +72,7 @@ from .selective_scan import selective_scan, selective_scan_reference
 from .short_conv import causal_short_conv
 from .spiking_scan import spiking_scan, spiking_scan_reference
 from .ssd import ssd_chunked, ssd_reference
+from .toeplitz import toeplitz_fft
 from .varlen import (
     cumulative_lengths,
     pack,
@@ -90,9 +96,9 @@ __all__ = [
     "bilinear",
     "bilinear_diagonal",
     "block_density",
+    "block_scan",
     "block_sparse_attention",
     "block_sparse_attention_reference",
-    "block_scan",
     "causal_short_conv",
     "cumulative_lengths",
     "diagonal_scan",
@@ -102,6 +108,7 @@ __all__ = [
     "gated_fft_conv",
     "gather_decode",
     "gather_decode_reference",
+    "gaussian_directions",
     "grouped_block_scores",
     "half_split_to_interleaved",
     "interleaved_to_half_split",
@@ -117,9 +124,11 @@ __all__ = [
     "monarch_conv",
     "monarch_factors",
     "ntk_frequencies",
+    "orthogonal_directions",
     "pack",
     "pool_blocks",
     "pooled_block_scores",
+    "positive_features",
     "reachable_blocks",
     "restarting_positions",
     "rope_frequencies",
@@ -138,6 +147,7 @@ __all__ = [
     "taylor_features",
     "taylor_kernel",
     "taylor_width",
+    "toeplitz_fft",
     "top_blocks",
     "two_sided_fft_conv",
     "unpack",
