@@ -41,11 +41,13 @@ def delta_chunked(
     right = torch.cat([beta * v, beta * read[1]], -1)
     solved = torch.linalg.solve_triangular(solve, right, upper=False, unitriangular=True)
     fresh, forgotten = solved.split([v.shape[-1], k.shape[-1]], -1)
+    # `unbind`, as the gradient of one chunk by index would be as large as all of them.
+    parts = fresh, forgotten, scores[0], read[0], write[0].mT, total[0].mT
     outs = []
-    for c in range(q.shape[1]):
-        values = torch.baddbmm(fresh[:, c], forgotten[:, c], state, alpha=-1)
-        outs.append(torch.bmm(scores[0, :, c], values).baddbmm(read[0, :, c], state))
-        state = torch.baddbmm(total[0, :, c].mT * state, write[0, :, c].mT, values)
+    for new, lost, score, reads, writes, left in zip(*(x.unbind(1) for x in parts), strict=True):
+        values = torch.baddbmm(new, lost, state, alpha=-1)
+        outs.append(torch.bmm(score, values).baddbmm(reads, state))
+        state = torch.baddbmm(left * state, writes, values)
     return torch.cat(outs, 1)[:, :L], state
 
 
