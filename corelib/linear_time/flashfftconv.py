@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from corelib.primitives import fft_conv
+from corelib.primitives import causal_short_conv, fft_conv
 from corelib.primitives._checks import check_same_kind
 from corelib.primitives.fft_conv import _check, fast_length
 from corelib.primitives.monarch import monarch_conv
@@ -97,21 +97,29 @@ def partial_conv(
         window = F.pad(seen, (taps - seen.shape[-1], 0))
         y = (window * first.flip(-1)).sum(-1, keepdim=True)
     else:
-        y = _in_blocks(seen, first)[..., seen.shape[-1] - L :]
+        y = _short(seen, first)[..., seen.shape[-1] - L :]
     if not return_state:
         return y
     return y, F.pad(seen, (max(0, taps - 1 - seen.shape[-1]), 0))[..., -(taps - 1) or L :]
 
 
-def _in_blocks(u: Tensor, taps: Tensor) -> Tensor:
-    """Short kernels: cut ``u`` into blocks, convolve each, add what hangs over to the next.
+def _short(u: Tensor, taps: Tensor) -> Tensor:
+    """The quickest way for so many taps: directly, around one circle, or block by block."""
+    training = torch.is_grad_enabled() and (u.requires_grad or taps.requires_grad)
+    wide = u.dtype.itemsize >= 4 and u.numel() > 0
+    if wide and taps.shape[-1] <= (16 if training else 128):
+        weight = taps.flip(-1).reshape(-1, taps.shape[-1])
+        rows = u.reshape(-1, len(weight), u.shape[-1])
+        return causal_short_conv(rows, weight).view(u.shape)
+    circle = fast_length(8 * taps.shape[-1])
+    blocks = wide and not training and u.shape[-1] > 2 * circle
+    return _in_blocks(u, taps, circle) if blocks else fft_conv(u, taps)
 
-    A circle of a few times ``M`` points, ``L / M`` times over: ``O(L log M)``, and it fits a cache.
-    """
+
+def _in_blocks(u: Tensor, taps: Tensor, circle: int) -> Tensor:
+    """Cut ``u`` into blocks, convolve each, add what hangs over to the next: ``O(L log circle)``,
+    and a block fits a cache."""
     L, M = u.shape[-1], taps.shape[-1]
-    circle = fast_length(max(8 * M, 1024))
-    if u.dtype.itemsize < 4 or L <= 2 * circle:
-        return fft_conv(u, taps)
     block = circle - M + 1
     pieces = F.pad(u, (0, -L % block)).unflatten(-1, (-1, block))
     spectrum = torch.fft.rfft(pieces, n=circle) * torch.fft.rfft(taps, n=circle)[..., None, :]

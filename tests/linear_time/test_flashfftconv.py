@@ -58,6 +58,14 @@ def test_partial_keeps_the_first_taps(L, K, share):
     torch.testing.assert_close(partial_conv(u, kernel, taps), wanted, **EXACT)
 
 
+def test_partial_with_several_axes_of_channels_or_none():
+    u = rand(2, 3, 4, 9)
+    for kernel in (rand(5), rand(4, 5), rand(3, 4, 5), rand(2, 3, 4, 5)):
+        wanted = direct_conv_reference(u, kernel[..., :3])
+        torch.testing.assert_close(partial_conv(u, kernel, 3), wanted, **EXACT)
+    assert partial_conv(u[:0], rand(4, 5), 3).shape == (0, 3, 4, 9)
+
+
 def test_all_taps_are_the_full_convolution():
     u, kernel = rand(2, 3, 33), rand(3, 33)
     torch.testing.assert_close(partial_conv(u, kernel, 33), fft_conv(u, kernel), **EXACT)
@@ -67,7 +75,10 @@ def test_all_taps_are_the_full_convolution():
 @pytest.mark.parametrize("L", [2049, 5000])
 def test_partial_in_blocks_with_gradients(taps, L):
     """Long inputs are cut into blocks; what hangs over a border arrives."""
-    leaves = [rand(2, 2, L).requires_grad_(), rand(2, 130).requires_grad_()]
+    leaves = [rand(2, 2, L), rand(2, 130)]
+    wanted = fft_conv(leaves[0], leaves[1][:, :taps])
+    torch.testing.assert_close(partial_conv(*leaves, taps), wanted, **EXACT)
+    [x.requires_grad_() for x in leaves]
     got, wanted = partial_conv(*leaves, taps), fft_conv(leaves[0], leaves[1][:, :taps])
     torch.testing.assert_close(got, wanted, **EXACT)
     d_y = rand(2, 2, L, seed=1)
