@@ -91,9 +91,11 @@ def chunk_scan(
         raise ValueError(f"start: expected 0, or less than {chunk} and a state, got {start}")
     B, L, C = x.shape
     chunk = min(chunk, max(1, start + L))
-    around = 0, 0, start, -(start + L) % chunk  # steps that keep the state and add nothing
-    decay = F.pad(g, around, value=1.0).reshape(-1, chunk, C)
-    fed = F.pad((1 - g) * x, around).reshape(-1, chunk, C)
+    fed = torch.addcmul(x, g, x, value=-1)
+    around = start, -(start + L) % chunk
+    if any(around):  # with steps that keep the state and add nothing
+        g, fed = F.pad(g, (0, 0, *around), value=1.0), F.pad(fed, (0, 0, *around))
+    decay, fed = (y.reshape(-1, chunk, C) for y in (g, fed))
     before = None
     if start:
         rest = fed.new_zeros(B, len(fed) // B - 1, C)
@@ -237,7 +239,8 @@ class RAT(nn.Module):
 
 def _scan(g: Tensor, x: Tensor, chunk: int, state: Tensor, start: int) -> Tensor:
     """`chunk_scan` of heads, in float32 at least; heads of a group start from the same ``x``."""
-    x = x.repeat_interleave(g.shape[1] // x.shape[1], 1)
+    if x.shape[1] < g.shape[1]:
+        x = x.repeat_interleave(g.shape[1] // x.shape[1], 1)
     flat = (y.to(state.dtype).transpose(1, 2).flatten(2) for y in (g, x))
     h = chunk_scan(*flat, chunk, state=state.flatten(1), start=start)
     return h.unflatten(2, (g.shape[1], -1)).transpose(1, 2)
@@ -245,7 +248,8 @@ def _scan(g: Tensor, x: Tensor, chunk: int, state: Tensor, start: int) -> Tensor
 
 def _by_place(x: Tensor, chunk: int, start: int) -> Tensor:
     """``(B, H, L, D) -> (B H, chunk, chunks, D)``: tokens at one place of their chunks together."""
-    x = F.pad(x, (0, 0, start, -(start + x.shape[2]) % chunk))
+    around = start, -(start + x.shape[2]) % chunk
+    x = F.pad(x, (0, 0, *around)) if any(around) else x
     return x.unflatten(2, (-1, chunk)).transpose(2, 3).flatten(0, 1)
 
 

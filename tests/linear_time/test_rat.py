@@ -60,7 +60,7 @@ def by_sums(q, k, v, g, chunk, frequencies=None):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("chunk", [1, 2, 5, 13, 40])
+@pytest.mark.parametrize("chunk", [1, 2, 5, 40])
 def test_forms_equal_the_sums(form, chunk):
     for L in (1, 5, 13):
         for frequencies in (None, rope_frequencies(6)):
@@ -74,7 +74,7 @@ def test_forms_equal_the_sums(form, chunk):
 def test_parallel_equals_steps_with_gradients(chunk):
     results = []
     for form in FORMS:
-        leaves = [x.requires_grad_() for x in qkvg(37)]
+        leaves = [x.requires_grad_() for x in qkvg(25)]
         out, state = form(*leaves, chunk, frequencies=rope_frequencies(6), scale=0.7)
         total = out.cos().sum() + sum(x.sin().sum() for x in state[:4])
         results.append(
@@ -85,7 +85,7 @@ def test_parallel_equals_steps_with_gradients(chunk):
 
 
 def test_gradcheck():
-    leaves = [x.requires_grad_() for x in qkvg(5, H=2, G=1, D=2, B=1)]
+    leaves = [x.requires_grad_() for x in qkvg(4, H=2, G=1, D=1, B=1)]
     assert torch.autograd.gradcheck(lambda *x: rat_attention(*x, 2)[0], leaves)
 
 
