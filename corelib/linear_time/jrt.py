@@ -116,7 +116,7 @@ def based_attention(q: Q, k: Q, v: V, state: State | None = None) -> tuple[V, St
     """
     _check(q, k, v)
     wide = torch.promote_types(q.dtype, torch.float32)  # features in halves: 150 rough numbers
-    f_q, f_k = (symmetric_taylor_features(x.to(wide)) for x in (q, k))
+    f_q, f_k = symmetric_taylor_features(torch.stack([q, k]).to(wide))
     out, state = linear_recurrence(
         f_q, f_k, _ones(v.to(wide)), state=state, scale=1.0, return_state=True
     )
