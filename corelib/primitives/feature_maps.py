@@ -53,6 +53,10 @@ def taylor_features(
 
     Raises ValueError or TypeError for an ``x`` or a ``scale`` that does not fit.
     """
+    if _fits_kernel(x):
+        from corelib.kernels import feature_maps
+
+        return feature_maps.taylor_features(x, scale=scale)
     scaled = _scaled(x, scale)
     products = (scaled[..., :, None] * (scaled * 0.5**0.5)[..., None, :]).flatten(-2)
     return torch.cat([torch.ones_like(scaled[..., :1]), scaled, products], -1).to(x.dtype)
@@ -66,6 +70,10 @@ def symmetric_taylor_features(
     ``[1, sqrt(scale) x_i, scale w x_i x_j]`` for ``i <= j``, row by row of the upper triangle,
     with ``w = 1`` off the diagonal and ``1 / sqrt(2)`` on it. Arguments and errors likewise.
     """
+    if _fits_kernel(x):
+        from corelib.kernels import feature_maps
+
+        return feature_maps.symmetric_taylor_features(x, scale=scale)
     scaled = _scaled(x, scale)
     columns = [torch.ones_like(scaled[..., :1]), scaled]
     diagonal = scaled * 0.5**0.5
@@ -73,6 +81,12 @@ def symmetric_taylor_features(
         here = scaled[..., i : i + 1]
         columns += [here * diagonal[..., i : i + 1], here * scaled[..., i + 1 :]]
     return torch.cat(columns, -1).to(x.dtype)
+
+
+def _fits_kernel(x: Tensor) -> bool:
+    """On a GPU up to 32 columns are one pass over memory: `corelib.kernels.feature_maps`."""
+    on_gpu = isinstance(x, Tensor) and x.is_cuda and x.dim() > 0
+    return on_gpu and x.dtype != torch.float64 and 1 <= x.shape[-1] <= 32
 
 
 def _scaled(x: Tensor, scale: float | None) -> Tensor:
