@@ -24,7 +24,8 @@ and a smaller ``keep2`` is a low-pass filter (what the released example does).
 
 Exact: every convolution equals its definition, with the zeros written out. The paper's patterns
 have more dimensions than two (a block of each factor); ours has the two that a product of order 2
-has. Left out: the outer pass through main memory beyond 32K points, and half-precision tables.
+has. Left out: kernels of order 3 and the outer pass through main memory; our kernel holds circles
+up to 4,096 points.
 Cost: `fft_cost_model` (section 3.2), operations and bytes counted, seconds *modelled*. On a CPU the
 FFT of `gated_fft_conv` is the faster way, and `monarch_conv` takes it. Kernel:
 `corelib.kernels.monarch_fft_conv`. Oracle: ``torch.fft``; compare ``flashfftconv/sparse_conv.py``
