@@ -36,19 +36,32 @@ def delta_chunked(
     decay = _decay(log_decay, q, chunk, state)
     # Queries for the output and keys that read the state are decayed in the same way.
     both = torch.stack([q * scale, k])
-    scores, read, write, total = decayed_scores(both, k.expand_as(both), decay.expand_as(both))
+    scores, read, write, total = (_by_head if decay.shape[-1] == 1 else _by_channel)(both, k, decay)
     solve = beta * scores[1].tril(-1) + torch.eye(chunk, dtype=q.dtype, device=q.device)
     right = torch.cat([beta * v, beta * read[1]], -1)
     solved = torch.linalg.solve_triangular(solve, right, upper=False, unitriangular=True)
     fresh, forgotten = solved.split([v.shape[-1], k.shape[-1]], -1)
     # `unbind`, as the gradient of one chunk by index would be as large as all of them.
-    parts = fresh, forgotten, scores[0], read[0], write[0].mT, total[0].mT
+    parts = fresh, forgotten, scores[0], read[0], write.mT, total.mT
     outs = []
     for new, lost, score, reads, writes, left in zip(*(x.unbind(1) for x in parts), strict=True):
         values = torch.baddbmm(new, lost, state, alpha=-1)
         outs.append(torch.bmm(score, values).baddbmm(reads, state))
         state = torch.baddbmm(left * state, writes, values)
     return torch.cat(outs, 1)[:, :L], state
+
+
+def _by_channel(both: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A decay for each channel: it stands inside the products of queries and keys."""
+    scores, read, write, total = decayed_scores(both, k.expand_as(both), decay.expand_as(both))
+    return scores, read, write[0], total[0]
+
+
+def _by_head(both: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One decay ``(..., C, 1)`` for all channels: that of plain products, by its own halving."""
+    one = torch.ones_like(decay)
+    left, since_start, until_end, total = decayed_scores(one, one, decay)
+    return both @ k.mT * left, both * since_start, k * until_end, total
 
 
 def decayed_scores(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,7 +91,8 @@ def _chunks(x: Tensor, chunk: int) -> Tensor:
 
 
 def _decay(log_decay: Tensor | None, q: Tensor, chunk: int, state: Tensor) -> Tensor:
+    """``(N, chunks, chunk, K)``, or 1 in the place of K for one decay a head."""
     if log_decay is None:
-        return q.new_ones(()).expand_as(q)
+        return torch.ones_like(q[..., :1])
     log_decay = log_decay if log_decay.dim() == 3 else log_decay[..., None]
-    return torch.exp(_chunks(log_decay.to(state.dtype), chunk)).expand_as(q)
+    return torch.exp(_chunks(log_decay.to(state.dtype), chunk))
