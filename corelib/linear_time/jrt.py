@@ -27,8 +27,9 @@ the sum of w, so ``[v, 1]`` is what is written:
 Exact: all forms compute one function. ``w >= 1/2``, so that no constant guards the division.
 Different: the released code keeps all ``1 + d + d^2`` features and adds 1e-12 below the line. Left
 out: masks for padding on the left. The loss is in `jrt_objective`.
-Cost: O(L F V) time, the state alone for decoding, whatever M is. Kernels: `feature_maps`,
-`linear_recurrence`. Oracle: the masked square `prefix_linear_naive`; fla's naive Based at M = 0.
+Cost: O(L F V) time, the state alone for decoding, whatever M is. Kernels: `feature_maps` writes the
+features; `linear_recurrence` takes up to 64 of them in float32 (K <= 9, V <= 63), wider ones go as
+products in chunks. Oracle: the masked square `prefix_linear_naive`; fla's naive Based at M = 0.
 """
 
 from __future__ import annotations
