@@ -70,6 +70,7 @@ from .rope import (
 )
 from .selective_scan import selective_scan, selective_scan_reference
 from .short_conv import causal_short_conv
+from .sliding_window import RingCache, sliding_window_attention
 from .spiking_scan import spiking_scan, spiking_scan_reference
 from .ssd import ssd_chunked, ssd_reference
 from .toeplitz import toeplitz_fft
@@ -87,6 +88,7 @@ from .vertical_slash import vertical_slash_attention, vertical_slash_attention_r
 __all__ = [
     "BlockLists",
     "Mask",
+    "RingCache",
     "associative_scan",
     "attention",
     "attention_column_sums",
@@ -138,6 +140,7 @@ __all__ = [
     "selective_scan",
     "selective_scan_reference",
     "sequence_ids",
+    "sliding_window_attention",
     "spiking_scan",
     "spiking_scan_reference",
     "ssd_chunked",

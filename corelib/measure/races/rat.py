@@ -100,7 +100,7 @@ def compiled_flex(mask: masks.Mask, block: int, *qkv: Tensor) -> Callable | Miss
 
         sizes = qkv[0].shape[2], qkv[1].shape[2]
         blocks = create_block_mask(mask, None, None, *sizes, device="cpu", BLOCK_SIZE=block)
-        compiled = torch.compile(partial(flex_attention, block_mask=blocks))
+        compiled = torch.compile(partial(flex_attention, block_mask=blocks), dynamic=False)
         compiled(*qkv)
     except Exception as problem:  # no C++ compiler, an older PyTorch, another processor
         return Missing(f"does not compile here ({type(problem).__name__})")
