@@ -60,6 +60,7 @@ from .low_rank_bill import (
     energy_estimate,
     flops_params_memory,
     layer_macs,
+    measured_crossover,
 )
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "layer_macs",
     "limit_rank",
     "linformer_attention",
+    "measured_crossover",
     "random_factor",
     "snmf_factor",
     "svd_factor",

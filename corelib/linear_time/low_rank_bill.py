@@ -8,6 +8,8 @@ Linformer pays ``2 k C`` for attention and ``2 k C`` for mixing keys and values,
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,26 @@ def layer_macs(n: int, C: int, *, rank: int | None = None, keys: int | None = No
 def crossover(C: int, rank: int, keys: int) -> int:
     """The length up to which LRT multiplies less than Linformer (below 0: nowhere)."""
     return 6 * C + 2 * keys - 9 * rank
+
+
+def measured_crossover(
+    lengths: Sequence[int], first: Sequence[float], second: Sequence[float]
+) -> float | None:
+    """The length from which ``second`` stays below ``first``, between two of ``lengths``.
+
+    Costs of any kind; interpolated between logarithms. None where it is not below at the end.
+    """
+    if not len(lengths) == len(first) == len(second) or len(lengths) < 2:
+        counts = len(lengths), len(first), len(second)
+        raise ValueError(f"lengths, first, second: expected as many of each, got {counts}")
+    gaps = [math.log(a / b) for a, b in zip(first, second, strict=True)]
+    if gaps[-1] <= 0:
+        return None
+    last = max((i for i, gap in enumerate(gaps) if gap <= 0), default=None)
+    if last is None:
+        return float(lengths[0])
+    share = -gaps[last] / (gaps[last + 1] - gaps[last])
+    return math.exp((1 - share) * math.log(lengths[last]) + share * math.log(lengths[last + 1]))
 
 
 class Cost(NamedTuple):

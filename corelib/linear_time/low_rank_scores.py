@@ -74,10 +74,15 @@ def factored_scores(factors: QKFactors) -> Float[Tensor, "B H L S"]:
     return scores.unflatten(2, rows.shape[2:4]).flatten(1, 2)
 
 
+def rebuild_qk(q: Queries, k: Keys, rank: int) -> tuple[Queries, Keys]:
+    """``Q_r`` and ``K_r`` at their full width: what `truncate_qk` is about, and avoids."""
+    _check(q, k)
+    return torch.matmul(*svd_factors(q, rank)), torch.matmul(*svd_factors(k, rank))
+
+
 def truncated_scores_reference(q: Queries, k: Keys, rank: int) -> Float[Tensor, "B H L S"]:
     """The definition: rebuild ``Q_r`` and ``K_r``, then multiply as if nothing had happened."""
-    _check(q, k)
-    low_q, low_k = (torch.matmul(*svd_factors(x, rank)) for x in (q, k))
+    low_q, low_k = rebuild_qk(q, k, rank)
     return low_q @ low_k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
 
 

@@ -26,6 +26,7 @@ from corelib.linear_time.dr_rl import (
     random_ranks,
     rank_change_norm,
     rank_law,
+    rebuild_qk,
     reinforce,
     score_error_bound,
     score_spectrum,
@@ -65,6 +66,12 @@ def grouped(k):
 def test_factored_scores_equal_the_rebuilt_ones(rank, L, S):
     q, k = queries_and_keys(L, S)
     wanted = truncated_scores_reference(q, k, rank)
+    low_q, low_k = rebuild_qk(q, k, rank)
+    torch.testing.assert_close(low_q @ grouped(low_k).mT, wanted, **EXACT)
+    if rank < min(L, S):
+        lost = (q - low_q).square().sum((2, 3))
+        tail = torch.linalg.svdvals(q)[..., rank:].square().sum(-1)
+        torch.testing.assert_close(lost, tail, **EXACT)
     torch.testing.assert_close(factored_scores(truncate_qk(q, k, rank)), wanted, **EXACT)
     if L >= D and S >= D:
         bases = factors_from_bases(q, k, gram_svd(q), gram_svd(k), rank)
@@ -186,6 +193,16 @@ def test_tables_against_loops():
             change = (low[0] - low[1]).norm() / A.norm()
             assert env.change[e, t, a, b].item() == pytest.approx(change.item(), abs=1e-3)
     assert (env.change.diagonal(0, -2, -1) == 0).all()
+
+
+def test_probing_every_third_query_from_the_last():
+    env, (_, q, k, v) = environment(E=1, T=1, probe=3)
+    asked = torch.tensor([2, 5])
+    full = attention(q, k, v, causal=True)[:, :, asked]
+    for a, rank in enumerate(SMALL):
+        out = low_rank_attention(truncate_qk(q, k, rank), v, causal=True, scale=D**-0.5)
+        wanted = F.cosine_similarity(out[:, :, asked], full, dim=-1).mean()
+        assert env.fidelity[0, 0, a].item() == pytest.approx(wanted.item(), abs=1e-4)
 
 
 def test_every_rank_owes_the_svd():
@@ -352,6 +369,7 @@ def test_bad_input_is_named():
     for wrong, name in (
         (dict(ranks=(2, 4)), "ranks"),
         (dict(ranks=(4, 2, 8)), "ranks"), (dict(tolerance=-1.0), "tolerance"),
+        (dict(probe=0), "probe"), (dict(probe=7), "probe"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name}: expected"):
             environment(**wrong)

@@ -24,6 +24,7 @@ from corelib.linear_time.greenformers import (
     layer_macs,
     limit_rank,
     linformer_attention,
+    measured_crossover,
     random_factor,
     snmf_factor,
     svd_factor,
@@ -274,6 +275,18 @@ def test_counted_curves_cross_where_the_formula_says():
     for n, lrt_is_cheaper in ((meeting - 10, True), (meeting + 10, False)):
         lrt, linformer = (counted(kind, n).operations for kind in ("lrt", "linformer"))
         assert (lrt < linformer) is lrt_is_cheaper
+
+
+def test_measured_curves_cross():
+    lengths = [64, 128, 256, 512, 1024]
+    level, rising = [300.0] * 5, [float(n) for n in lengths]
+    assert measured_crossover(lengths, rising, level) == pytest.approx(300)
+    assert measured_crossover(lengths, level, rising) is None
+    assert measured_crossover(lengths, [2.0] * 5, [1.0] * 5) == 64
+    noisy = [50.0, 200.0, 250.0, 600.0, 900.0]  # above the level once too early
+    assert 256 < measured_crossover(lengths, noisy, [150.0, 150.0, *level[2:]]) < 512
+    with pytest.raises(ValueError, match="lengths, first, second"):
+        measured_crossover(lengths, level, rising[1:])
 
 
 def test_parameters_and_bytes():
