@@ -185,7 +185,7 @@ def grouped_matmul(rows: Tensor, weights: Tensor, cu_seqlens: Tensor) -> Tensor:
     if cu_seqlens.shape != (len(weights) + 1,):
         got = tuple(cu_seqlens.shape)
         raise ValueError(f"cu_seqlens: expected shape ({len(weights) + 1},), got {got}")
-    return _GroupedMatmul.apply(rows, weights, cu_seqlens.to(torch.int32))
+    return _GroupedMatmul.apply(rows, weights, cu_seqlens.to(torch.int32).contiguous())
 
 
 def _check(name: str, x: Tensor, count: int, order: Tensor, place: Tensor) -> None:
