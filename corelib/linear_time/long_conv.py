@@ -18,7 +18,9 @@ with a soft threshold: taps that the data does not ask for stay exactly zero.
 the kernel is zero *and has no gradient*: it stays zero for ever. The released class has
 ``lam=0.1`` and starts at 0.002 randn, which is just that; the released experiments set lam to 0.002
 (ListOps) or 0.003 (text, pixels), so that a third or a seventh of the taps start alive. The
-default here is 0.002, and a layer none of whose taps would be alive is refused.
+default here is 0.002, and a layer none of whose taps would be alive is refused. Single taps are
+caught likewise: one that starts below lam never moves, so without `smooth` the threshold is in part
+a random pruning.
 
 Order as released: smooth, squash, drop. Exact: all of it, pieces with a carried state too. Left
 out: several kernels a channel, dropout of activations, and smoothing of the spectrum with a

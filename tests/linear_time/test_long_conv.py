@@ -21,6 +21,7 @@ from corelib.linear_time.long_conv import (
     squash_reference,
 )
 from corelib.linear_time.shared import TwoSided
+from corelib.models.optim import FusedAdamW
 from corelib.testing import causality_probe, conformance
 
 EXACT = dict(atol=1e-11, rtol=1e-10)
@@ -169,6 +170,19 @@ def test_the_trap_no_gradient_ever_comes_back():
                 layer.weight -= 1e-3 * grad
         assert bool(layer.kernel(16).any()) == alive
         assert torch.equal(layer.weight, before) != alive
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_tap_that_starts_dead_moves_with_its_neighbours_only(width):
+    torch.manual_seed(0)
+    layer, x = LongConv(3, 64, lam=0.002, width=width), torch.randn(2, 70, 3)
+    before, optimiser = layer.weight.detach().clone(), FusedAdamW(layer.parameters(), 1e-2)
+    dead = squash(smooth(before, width), 0.002) == 0
+    for _ in range(4):
+        optimiser.step((layer(x)[0] - x.roll(20, 1)).square().mean())
+    moved = layer.weight.detach() != before
+    assert dead.sum() > 60 and moved[~dead].all()
+    assert bool(moved[dead].any()) == (width > 1)
 
 
 @pytest.mark.no_shape_checks

@@ -7,6 +7,7 @@ same map behind it computes something else; it is raced unchecked, as what these
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -55,7 +56,10 @@ def long_conv_by_hand(layer: LongConv, x: Tensor) -> Tensor:
 def _compiled(run: Run, layer: nn.Module, x: Tensor) -> Run | Missing:
     fast = torch.compile(run, dynamic=False)
     try:
-        fast(layer, x).sum().backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # complex numbers are left to the uncompiled operators
+            fast(layer, x).sum().backward()
+            fast(layer, x.clone().requires_grad_()).sum().backward()
         layer.zero_grad()
     except Exception as problem:  # no C++ compiler, an older PyTorch, another processor
         return Missing(f"does not compile here ({type(problem).__name__})")
