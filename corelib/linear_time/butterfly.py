@@ -25,7 +25,8 @@ every position.
 Exact: `butterfly_conv` is the convolution for every ``rows``; real input needs only the rows
 ``0 ... rows / 2`` (the others are their conjugates). Our reconstruction: the paper says that the
 coefficients are learned, not how they are tied; here each row has its own inner matrix, forward
-and inverse are separate, and the kernel is transformed with the fixed DFT.
+and inverse are separate, and the kernel is transformed with the fixed DFT. On a GPU the middle pass
+is the kernel `corelib.kernels.monarch_fft_conv`, where rows of ``m`` points fit on the chip.
 Cost: ``O(N (rows + log m))``; learned ``O(N (rows + m))``. Oracle: ``torch.fft`` and `fft_conv`.
 """
 
@@ -63,11 +64,34 @@ def butterfly_conv(u: Inputs, kernel: Taps, rows: int) -> Inputs:
     m = fast_length(-(-(L + taps.shape[-1] - 1) // rows))
     wide = torch.promote_types(u.dtype, torch.float32)
     inputs, filters = (first_product(x.to(wide), rows, m, kept) for x in (u, taps))
-    short = torch.fft.ifft(torch.fft.fft(inputs) * torch.fft.fft(filters))
+    filters = torch.fft.fft(filters)
+    short = _on_chip(inputs, filters) if u.is_cuda else None
+    if short is None:
+        short = torch.fft.ifft(torch.fft.fft(inputs) * filters)
     # a row that stands for its conjugate as well counts twice
     count = [2.0 if 0 < 2 * row < rows else 1.0 for row in range(kept)]
     count = torch.tensor(count, dtype=wide, device=u.device)[:, None] / rows
     return last_product(short * count, rows, L).to(u.dtype)
+
+
+def _on_chip(inputs: Tensor, spectra: Tensor) -> Tensor | None:
+    """The middle pass by the kernel, real and imaginary parts as two rows; None where ``m`` does
+    not fit."""
+    from corelib.kernels._monarch_tables import SIDES, circle_for, plan_of
+
+    m, H = inputs.shape[-1], spectra.shape[:-1].numel()
+    if m not in SIDES or circle_for(m, inputs.real.dtype) != m:
+        return None
+    from corelib.kernels.monarch_fft_conv import convolve
+
+    N1, N2 = SIDES[m]
+    grid = spectra.reshape(H, N2, N1).mT
+    grid = torch.stack([grid.real, grid.imag], 1)
+    z = inputs.reshape(-1, H, m)
+    parts = torch.stack([z.real, z.imag], 1).flatten(0, 1)
+    every = tuple(range(N1)), tuple(range(N2))
+    y = convolve(parts, grid, None, None, plan_of(m, m), *every).unflatten(0, (-1, 2))
+    return torch.complex(y[:, 0], y[:, 1]).view(inputs.shape)
 
 
 class LearnedButterflyConv(nn.Module):

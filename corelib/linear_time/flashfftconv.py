@@ -44,7 +44,7 @@ from torch import Tensor
 from corelib.primitives import causal_short_conv, fft_conv
 from corelib.primitives._checks import check_same_kind
 from corelib.primitives.fft_conv import _check, fast_length
-from corelib.primitives.monarch import monarch_conv
+from corelib.primitives.monarch import _fused, monarch_conv
 from corelib.primitives.monarch_transform import (
     check_factors,
     dft_matrix,
@@ -150,12 +150,23 @@ def frequency_sparse_conv(
     L, taps = u.shape[-1], kernel[..., : u.shape[-1]]
     N1, N2 = _two_factors(factors, L + taps.shape[-1] - 1)
     _check_keep(keep1=(keep1, N1), keep2=(keep2, N2))
+    fused = _on_chip(u, taps, (N1, N2), (keep1, keep2)) if u.is_cuda else None
+    if fused is not None:
+        return fused
     wide = torch.promote_types(u.dtype, torch.float32)
     sides = N1, N2, keep1, keep2
     spectrum = _block(u.to(wide), *sides) * _block(taps.to(wide), *sides)
     spectrum = spectrum * _weights(N1, N2, keep1, keep2).to(spectrum.real) / (N1 * N2)
     y = spectrum @ dft_matrix(N2, spectrum.dtype, u.device)[:keep2].conj()
     return last_product(y, N1, L).to(u.dtype)
+
+
+def _on_chip(u: Tensor, taps: Tensor, factors: tuple, keep: tuple) -> Tensor | None:
+    """By the kernel, where it splits this circle in the same way."""
+    from corelib.kernels._monarch_tables import SIDES
+
+    circle = math.prod(factors)
+    return _fused(u, taps, circle=circle, keep=keep) if SIDES.get(circle) == factors else None
 
 
 def kept_frequencies(factors: tuple[int, int], keep1: int, keep2: int) -> Bool[Tensor, " N"]:

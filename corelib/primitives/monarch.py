@@ -39,7 +39,10 @@ the inputs are kept. Half precision is computed in float32. Not differentiable t
 
 Cost: ``8 M (N1 + N2 + ...)`` operations a transform, against ``5 M log2 M`` for the classic FFT:
 more arithmetic, of the kind that matrix units do many times faster. A CPU has no such units, so
-there the FFT wins, and without ``factors`` `monarch_conv` takes it. Oracle: ``torch.fft``.
+there the FFT wins, and without ``factors`` `monarch_conv` takes it. On a GPU it takes the kernel
+`corelib.kernels.monarch_fft_conv` where the circle fits on the chip, 4,096 points in half
+precision (products of half-precision factors, float32 sums) and 512 in float32; beyond, the FFT.
+Oracle: ``torch.fft``.
 """
 
 from __future__ import annotations
@@ -119,7 +122,8 @@ def monarch_conv(
     if not causal:
         return _around(u, kernel, in_gate, out_gate, factors)
     if factors is None:
-        return gated_fft_conv(u, kernel, in_gate, out_gate)
+        fused = _fused(u, kernel, in_gate, out_gate) if u.is_cuda else None
+        return gated_fft_conv(u, kernel, in_gate, out_gate) if fused is None else fused
     L, taps = u.shape[-1], kernel[..., : u.shape[-1]]
     factors = _enough(factors, L + taps.shape[-1] - 1, "L + K - 1")
     return _by_products(u, taps, in_gate, out_gate, factors, L)
@@ -130,13 +134,32 @@ def _around(u, kernel, in_gate, out_gate, factors) -> Tensor:
     L = u.shape[-1]
     taps = F.pad(kernel, (0, -kernel.shape[-1] % L)).unflatten(-1, (-1, L)).sum(-2)
     if factors is None:
-        return _gated(_convolve(_gated(u, in_gate), taps, L), out_gate)
+        fused = _fused(u, taps, in_gate, out_gate, L) if u.is_cuda else None
+        return _gated(_convolve(_gated(u, in_gate), taps, L), out_gate) if fused is None else fused
     factors = check_factors(factors)
     if 2 * math.prod(factors) == L:
         return _by_products(u, taps, in_gate, out_gate, factors, L)
     factors = _enough(factors, 2 * L - 1, "2 L - 1 (or of L itself)")
     line = _by_products(u, taps, in_gate, None, factors, 2 * L - 1)
     return _gated(line[..., :L] + F.pad(line[..., L:], (0, 1)), out_gate)
+
+
+def _fused(
+    u, kernel, in_gate=None, out_gate=None, circle: int | None = None, keep: tuple[int, ...] = ()
+) -> Tensor | None:
+    """By the kernel, ``keep`` a block of the spectrum; None where a chip has no room for it."""
+    from corelib.kernels._monarch_tables import circle_for
+
+    L, K = u.shape[-1], kernel.shape[-1]
+    fits = circle_for(circle or L + min(K, L) - 1, u.dtype)
+    if fits is None or circle not in (None, fits):
+        return None
+    from corelib.kernels.monarch_fft_conv import monarch_fft_conv, sparse_conv
+
+    H, shape = kernel.shape[:-1].numel(), u.shape
+    u, in_gate, out_gate = (x if x is None else x.reshape(-1, H, L) for x in (u, in_gate, out_gate))
+    run = sparse_conv if keep else monarch_fft_conv
+    return run(u, kernel.reshape(H, K), *keep, in_gate, out_gate, circle=circle).view(shape)
 
 
 def _by_products(u, taps, in_gate, out_gate, factors, length: int) -> Tensor:
