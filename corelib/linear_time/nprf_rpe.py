@@ -80,10 +80,12 @@ def kernel_attention_rpe_dense(
     L, S = phi_q.shape[2], phi_k.shape[2]
     if phi_q.numel() == 0:
         return v.new_zeros(*phi_q.shape[:3], v.shape[3])
-    factors = toeplitz(_factors(bias, S, causal), L, S)
+    wide = torch.promote_types(v.dtype, torch.float32)
+    factors = toeplitz(_factors(bias.to(wide), S, causal), L, S)
     factors = factors.tril(S - L) if causal else factors
-    phi_k, values = (_repeat(x, phi_q.shape[1]) for x in (phi_k, _with_ones(v)))
-    return _divide(((phi_q @ phi_k.mT) * factors) @ values, bias, L, S, causal)
+    phi_k, values = (_repeat(x.to(wide), phi_q.shape[1]) for x in (phi_k, _with_ones(v)))
+    sums = ((phi_q.to(wide) @ phi_k.mT) * factors) @ values
+    return _divide(sums, bias, L, S, causal).to(v.dtype)
 
 
 def kernel_attention_rpe(

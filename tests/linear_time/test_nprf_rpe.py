@@ -210,10 +210,11 @@ def test_nothing_and_half_precision():
     for form in FORMS:
         assert form(phi_q[:0], phi_k[:0], v[:0], bias, causal=True).shape == (0, 4, 5, 2)
     narrow = [x.bfloat16() for x in (phi_q, phi_k, v, bias)]
-    out = kernel_attention_rpe(*narrow, causal=False)
     wanted = kernel_attention_rpe(*(x.double() for x in narrow), causal=False)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.double(), wanted, atol=1e-2, rtol=1e-2)
+    for form in FORMS:
+        out = form(*narrow, causal=False)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out.double(), wanted, atol=5e-3, rtol=5e-3)
 
 
 def test_the_causal_layer_is_a_sequence_mixer():
