@@ -11,18 +11,19 @@ with the two transform matrices and ``twiddle[k1, n2] = exp(-2 pi i k1 n2 / N)``
 spectrum lies in the order of ``Y``, so that nothing is ever permuted, and the way back is the same
 three steps in the opposite order. One program holds everything from the input to the output:
 
-* two rows of the batch are the real and the imaginary part of one complex signal. A real kernel
-  (a Hermitian spectrum) leaves them apart, and no transform is spent on a zero;
+* two rows of the batch are the real and the imaginary part of one complex signal, which a real
+  kernel (a Hermitian spectrum) leaves apart; the last row of an odd batch stands alone;
 * the zeros that causality asks for are never read or multiplied: ``first`` has only the columns,
   and its adjoint only the rows, that hold signal;
 * of a spectrum that is zero but for some rows and columns of the grid, only these are computed: the
   others are missing from the tables (`sparse_conv`);
 * the program keeps tables and spectrum while it goes through the batch.
 
-The transforms are unitary, so that float16 does not overflow. Sums and the product with the
-spectrum are float32; what enters a product of matrices, and the twiddles, have the inputs' type.
-On the chip fits a circle of 4,096 points in half precision. In float32, where NVIDIA's units take
-three products for one, it is 512 (`LONGEST`); a longer convolution is not for this kernel.
+The transforms are unitary, so that float16 holds the spectra of inputs up to a thousand. Sums and
+the product with the spectrum are float32; what enters a product of matrices, and the twiddles, have
+the inputs' type. On the chip fits a circle of 4,096 points in half precision. In float32, where
+NVIDIA's units take three products for one, it is 512 (`LONGEST`); a longer convolution is not for
+this kernel.
 
 Backward, gradients of the input and the gates are convolutions by the same kernel with a conjugate
 spectrum or another gate; `monarch_fft_conv_backward` has the spectrum's. All transforms are made
@@ -225,11 +226,12 @@ def convolve(
     Rows ``2 b`` and ``2 b + 1`` of ``u`` are one complex signal: a spectrum that is not that of a
     real kernel mixes them as complex numbers do. ``splits`` programs share a channel's pairs.
     """
-    check_device("monarch_fft_conv", _monarch_conv, u, spectrum)
+    gates = [None if gate is None else gate.contiguous() for gate in (in_gate, out_gate)]
+    real = [gate for gate in gates if gate is not None]
+    check_device("monarch_fft_conv", _monarch_conv, u, spectrum, *real)
     pairs = -(-u.shape[0] // 2)
     splits = min(pairs, splits or max(1, -(-PROGRAMS // u.shape[1])))
     ready = tables(plan, rows, columns, u.dtype, str(u.device))
-    gates = [None if gate is None else gate.contiguous() for gate in (in_gate, out_gate)]
     return _Convolution.apply(u.contiguous(), spectrum.contiguous(), *gates, plan, ready, splits)
 
 

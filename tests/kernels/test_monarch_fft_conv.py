@@ -14,7 +14,8 @@ NAMES = "y", "d_u", "d_kernel", "d_in_gate", "d_out_gate"
 def inputs(B, H, L, K, gates="", dtype=torch.float32, seed=0):
     """``[u, kernel, in_gate, out_gate], d_y``; ``gates`` of "in", "out", "in out"."""
     generator = torch.Generator().manual_seed(seed + 7 * L + K)
-    u, d_y, *both = torch.randn(4, B, H, L, generator=generator).to(dtype)
+    # each in a storage of its own, or an access beyond its end would not be seen
+    u, d_y, *both = (torch.randn(B, H, L, generator=generator).to(dtype) for _ in range(4))
     kernel = torch.randn(H, K, generator=generator) / K**0.5
     in_gate, out_gate = (
         x if name in gates.split() else None for x, name in zip(both, ("in", "out"))
