@@ -36,8 +36,8 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
+from ..models.optim import FusedAdamW
 from ..training.policy_gradient import group_advantage
 from .low_rank_scores import (
     QKFactors,
@@ -177,9 +177,7 @@ def reinforce(
             f"{steps}, {episodes} and {rollouts}"
         )
     generator = torch.Generator().manual_seed(seed)
-    parameters, curve = list(policy.parameters()), []
-    moments = [[torch.zeros_like(p) for p in parameters] for _ in range(2)]
-    counts = [torch.zeros(()) for _ in parameters]
+    optimiser, curve = FusedAdamW(policy.parameters(), lr, betas=(0.9, 0.999)), []
     rewards, allowed = env.rewards, env.allowed
     for step in range(steps):
         picked = torch.randperm(len(env.stats), generator=generator)[:episodes]
@@ -188,12 +186,7 @@ def reinforce(
         ahead = reward.flip(1).cumsum(1).flip(1)  # (episodes * rollouts, T)
         groups = ahead.mT.unflatten(1, (-1, rollouts))  # (T, episodes, rollouts)
         gain = group_advantage(groups.flatten(0, 1)).view_as(groups).flatten(1).mT
-        gradients = torch.autograd.grad(-(gain * log_prob).mean(), parameters)
-        with torch.no_grad():  # torch.optim's classes import the compiler: seconds, here
-            adamw(
-                parameters, list(gradients), *moments, [], counts, lr=lr, beta1=0.9, beta2=0.999,
-                eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False,
-            )  # fmt: skip
+        optimiser.step(-(gain * log_prob).mean())
         curve.append(reward.mean().item())
     return curve
 
