@@ -123,7 +123,9 @@ class FusedAdamW:
             norm = torch.stack([g.norm() for g in gradients]).norm()
             scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
             gradients = [scale * g for g in gradients]
-        rest = iter(gradients)
+        # The kernel reads memory as it lies: strides and lazy signs would be lost on it.
+        pairs = zip(gradients, self.parameters, strict=True)
+        rest = iter([torch.empty_like(p).copy_(g) for g, p in pairs])
         for (group, lr), averages, steps in zip(
             self.groups, self._averages, self._steps, strict=True
         ):

@@ -30,6 +30,19 @@ def test_takes_the_steps_of_torch_optim(clip):
     torch.testing.assert_close(mine.bias, theirs.bias, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["negated lazily", "expanded", "turned"])
+def test_gradients_need_not_lie_in_memory_as_parameters_do(kind):
+    """Autograd hands out views: of an imaginary part, of a broadcast number, of a transpose."""
+    gradient = {
+        "negated lazily": torch.complex(torch.ones(3, 3), torch.ones(3, 3)).conj().imag,
+        "expanded": torch.tensor([[-2.0], [0.0], [1.0]]).expand(3, 3),
+        "turned": torch.arange(9.0).view(3, 3).T - 4,
+    }[kind]
+    p = torch.zeros(3, 3, requires_grad=True)
+    FusedAdamW([p], 0.5).apply([gradient])
+    torch.testing.assert_close(p.detach(), -0.5 * gradient.sign())
+
+
 def test_a_group_may_have_a_rate_of_its_own():
     model, x, y = problem()
     before = model.weight.detach().clone(), model.bias.detach().clone()
