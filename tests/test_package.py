@@ -105,7 +105,7 @@ def test_conda_environment_is_in_step_with_pyproject():
     project = PYPROJECT["project"]
     assert listed[0].startswith("-e .[")
     extras = set(listed[0][listed[0].index("[") + 1 : -1].split(","))
-    assert extras == set(project["optional-dependencies"]) - {"peers"}
+    assert extras == set(project["optional-dependencies"]) - {"peers", "sentences"}
     assert listed[1:] == project["dependencies"]
     assert f"  - python{project['requires-python']}" in lines
 
