@@ -1,8 +1,10 @@
 """Races: several ways to compute one thing, timed fairly.
 
-Contestants take turns in one process (A B C A B C …), so that a machine that slows down slows
-all of them; before the clock starts they must agree on the result. What is reported is the
-median of each and the ratio of medians, with the machine they ran on.
+Contestants take turns in one process, so that a machine that slows down slows all of them; before
+the clock starts they must agree on the result. The order is drawn anew in each round: whoever
+always came after one that fills the caches and gives back much memory would be up to 1.6 times as
+slow for it. What is reported is the median of each and the ratio of medians, with the machine they
+ran on.
 
 >>> result = race({"corelib": lambda: attention(q, k, v, causal=True),
 ...                "torch": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)})
@@ -14,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -179,12 +182,13 @@ def _interleave(runners, repeats: int, min_time: Real) -> dict[str, list[float]]
         once = max(_sample(fn, 1), SAMPLE_SECONDS / MAX_CALLS)
         calls[name] = math.ceil(SAMPLE_SECONDS / once)
     times: dict[str, list[float]] = {name: [] for name in runners}
-    spent = dict.fromkeys(runners, 0.0)
+    spent, order, draw = dict.fromkeys(runners, 0.0), list(runners), random.Random(0)
     for done in range(MAX_ROUNDS):
         if done >= repeats and min(spent.values()) >= min_time:
             break
-        for name, fn in runners.items():
-            seconds = _sample(fn, calls[name])
+        draw.shuffle(order)
+        for name in order:
+            seconds = _sample(runners[name], calls[name])
             times[name].append(seconds)
             spent[name] += seconds * calls[name]
     return times

@@ -39,7 +39,8 @@ def test_contestants_take_turns_and_ratios_refer_to_the_first(takes):
     slow, fast = takes(2), takes(1)
     two = {"a": lambda: (turns.append("a"), slow()), "b": lambda: (turns.append("b"), fast())}
     result = race(two, repeats=4, min_time=0, check=None)
-    assert "".join(turns[4:]) == "abababab"  # after two warm-ups each
+    rounds = ["".join(turns[n : n + 2]) for n in range(4, len(turns), 2)]  # after two warm-ups each
+    assert len(rounds) == 4 and set(rounds) == {"ab", "ba"}  # neither always comes second
     assert result.baseline == "a" and result.ratios == {"a": 1.0, "b": 0.5}
     assert result.times == {"a": [2.0] * 4, "b": [1.0] * 4}
 
