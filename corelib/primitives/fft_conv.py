@@ -19,6 +19,8 @@ Oracle: ``scipy.signal.fftconvolve`` and ``torch.nn.functional.conv1d``.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -44,7 +46,7 @@ def fft_conv(
     L = u.shape[-1]
     if u.numel() == 0:
         return u.clone()
-    taps = kernel[..., :L]
+    taps = kernel if kernel.shape[-1] <= L else kernel[..., :L]
     return _convolve(u, taps, fast_length(L + taps.shape[-1] - 1))
 
 
@@ -95,6 +97,7 @@ def direct_conv_reference(
     return y
 
 
+@functools.lru_cache(maxsize=256)
 def fast_length(n: int) -> int:
     """The smallest ``2**a``, ``3 * 2**a`` or ``5 * 2**a`` that is at least ``n``: a quick FFT."""
     return min(odd << max(0, (-(-n // odd) - 1).bit_length()) for odd in (1, 3, 5))
