@@ -11,12 +11,12 @@ decode with a state of fixed size. Each stands behind a norm and beside a residu
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from corelib.linear_time.jrt import PrefixLinearAttention
 from corelib.linear_time.rat_hybrid import LocalAttention
+from corelib.linear_time.stack import MixerStack
 from corelib.primitives import causal_short_conv
 
 KINDS = "pwc"
@@ -51,7 +51,7 @@ class GatedShortConv(nn.Module):
         return y[:, 0], state
 
 
-class JRTStack(nn.Module):
+class JRTStack(MixerStack):
     """Layers named by ``pattern``; a sequence mixer whose state is a list, one for each layer.
 
     Args:
@@ -64,7 +64,6 @@ class JRTStack(nn.Module):
     def __init__(
         self, C: int, heads: int, *, pattern: str = "cpwccc", features: int = 16, window: int = 64
     ):
-        super().__init__()
         if not pattern or set(pattern) - set(KINDS):
             raise ValueError(f"pattern: expected letters of {KINDS!r}, got {pattern!r}")
         make = {
@@ -72,32 +71,15 @@ class JRTStack(nn.Module):
             "w": lambda: LocalAttention(C, heads, window=window),
             "c": lambda: GatedShortConv(C),
         }
-        self.pattern, self.mixers = pattern, nn.ModuleList(make[kind]() for kind in pattern)
-
-    def init_state(self, batch: int) -> list:
-        """Every layer's, before the first token."""
-        return [mixer.init_state(batch) for mixer in self.mixers]
+        super().__init__(make[kind]() for kind in pattern)
+        self.pattern = pattern
 
     def forward(
         self, x: Float[Tensor, "B L C"], state: list | None = None, *, prefix: int = 0
     ) -> tuple[Float[Tensor, "B L C"], list]:
         """``(y, state)``; the first ``prefix`` tokens are read both ways by the ``p`` layers."""
-        states = []
-        for kind, mixer, held in zip(self.pattern, self.mixers, state or [None] * len(self.mixers)):
-            options = dict(prefix=prefix) if kind == "p" else {}
-            y, held = mixer(F.rms_norm(x, x.shape[-1:]), held, **options)
-            x = x + y
-            states.append(held)
-        return x, states
-
-    def step(self, x_t: Float[Tensor, "B C"], state: list) -> tuple[Float[Tensor, "B C"], list]:
-        """One token."""
-        states = []
-        for mixer, held in zip(self.mixers, state):
-            y, held = mixer.step(F.rms_norm(x_t, x_t.shape[-1:]), held)
-            x_t = x_t + y
-            states.append(held)
-        return x_t, states
+        told = [dict(prefix=prefix) if kind == "p" else {} for kind in self.pattern]
+        return self.run(x, state, told)
 
 
 def example() -> dict:

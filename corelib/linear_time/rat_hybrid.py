@@ -9,11 +9,11 @@ in one kind of layer and ``window`` keys in the other: cost and cache grow with 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from corelib.linear_time.rat import CHUNK, RAT
+from corelib.linear_time.stack import MixerStack
 from corelib.primitives import attention, rope_frequencies, rope_half_split
 from corelib.primitives.sliding_window import RingCache
 
@@ -62,39 +62,15 @@ class LocalAttention(nn.Module):
         return rope_half_split(q, *turn), rope_half_split(k, *turn), v
 
 
-class RATHybrid(nn.Module):
+class RATHybrid(MixerStack):
     """``layers`` in turn, RAT first; a sequence mixer whose state is a list."""
 
     def __init__(
         self, C: int, heads: int, *, chunk: int = CHUNK, window: int = 1024, layers: int = 2
     ):
-        super().__init__()
         if layers < 1:
             raise ValueError(f"layers: expected at least 1, got {layers}")
-        self.mixers = nn.ModuleList(
+        super().__init__(
             LocalAttention(C, heads, window=window) if i % 2 else RAT(C, heads, chunk=chunk)
             for i in range(layers)
         )
-
-    def init_state(self, batch: int) -> list:
-        return [mixer.init_state(batch) for mixer in self.mixers]
-
-    def forward(
-        self, x: Float[Tensor, "B L C"], state: list | None = None
-    ) -> tuple[Float[Tensor, "B L C"], list]:
-        """``(y, state)`` over a stretch of tokens."""
-        states = []
-        for mixer, held in zip(self.mixers, state or [None] * len(self.mixers)):
-            y, held = mixer(F.rms_norm(x, x.shape[-1:]), held)
-            x = x + y
-            states.append(held)
-        return x, states
-
-    def step(self, x_t: Float[Tensor, "B C"], state: list) -> tuple[Float[Tensor, "B C"], list]:
-        """One token."""
-        states = []
-        for mixer, held in zip(self.mixers, state):
-            y, held = mixer.step(F.rms_norm(x_t, x_t.shape[-1:]), held)
-            x_t = x_t + y
-            states.append(held)
-        return x_t, states
