@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from corelib.linear_time.jrt import PrefixLinearAttention
-from corelib.linear_time.rat_hybrid import LocalAttention
+from corelib.linear_time.local_attention import LocalAttention
 from corelib.linear_time.stack import MixerStack
 from corelib.primitives import causal_short_conv
 

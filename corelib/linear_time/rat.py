@@ -13,7 +13,7 @@ One chunk of the whole length: the average alone, an RNN. Chunks of 1 with ``g =
 |:--------------|:-------------------|:-----------------------------------------------------------|
 | q, k, v, g    | q, k, v, g         | (B, H, L, D), (B, G, L, D), (B, H, L, D), (B, H, L, D)     |
 | chunk         | L                  | tokens in a chunk, 16                                      |
-| averages      | k tilde, v tilde   | `chunk_scan` of k and of v                                 |
+| averages      | k tilde, v tilde   | `gated_average.chunk_scan` of k and of v                   |
 | ends_k/v      | K, V tilde, -1     | (B, H, C, D): averages at the ends of C finished chunks    |
 
 Exact: `rat_attention`, `rat_step` and the reference compute the same function at every length.
@@ -43,13 +43,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from corelib.primitives import (
-    attention,
-    diagonal_scan,
-    merge_partials,
-    rope_frequencies,
-    rope_half_split,
-)
+from corelib.primitives import attention, merge_partials, rope_frequencies, rope_half_split
+
+from .gated_average import check_chunk, scan_heads
+from .gated_average import chunk_scan as chunk_scan
 
 Heads, Row = Float[Tensor, "B H L D"], Float[Tensor, "B H D"]
 Shared = Float[Tensor, "B G L D"]
@@ -66,42 +63,6 @@ class RATState(NamedTuple):
     k: Tensor
     v: Tensor
     position: int
-
-
-def chunk_scan(
-    g: Float[Tensor, "B L C"],
-    x: Float[Tensor, "B L C"],
-    chunk: int,
-    *,
-    state: Float[Tensor, "B C"] | None = None,
-    start: int = 0,
-) -> Float[Tensor, "B L C"]:
-    """``h_t = g_t h_{t-1} + (1 - g_t) x_t``, from zero in every chunk; chunks run side by side.
-
-    Args:
-        start: how many tokens of the first chunk came before.
-        state: ``h`` after them (needed only where ``start`` is not 0).
-    """
-    _at_least("chunk", chunk, 1)
-    if g.shape != x.shape or x.dim() != 3:
-        raise ValueError(
-            f"g, x: expected one shape (B, L, C), got {tuple(g.shape)} and {tuple(x.shape)}"
-        )
-    if not 0 <= start < chunk or (start and state is None):
-        raise ValueError(f"start: expected 0, or less than {chunk} and a state, got {start}")
-    B, L, C = x.shape
-    chunk = min(chunk, max(1, start + L))
-    fed = torch.addcmul(x, g, x, value=-1)
-    around = start, -(start + L) % chunk
-    if any(around):  # with steps that keep the state and add nothing
-        g, fed = F.pad(g, (0, 0, *around), value=1.0), F.pad(fed, (0, 0, *around))
-    decay, fed = (y.reshape(-1, chunk, C) for y in (g, fed))
-    before = None
-    if start:
-        rest = fed.new_zeros(B, len(fed) // B - 1, C)
-        before = torch.cat([state[:, None], rest], 1).flatten(0, 1)
-    h = diagonal_scan(decay, fed, state=before)
-    return h.reshape(B, -1, C)[:, start : start + L]
 
 
 def rat_attention(
@@ -128,7 +89,7 @@ def rat_attention(
     if not q.shape[2]:
         return v.clone(), state
     position, start = state.position, state.position % chunk
-    averages = [_scan(g, x, chunk, h, start) for x, h in ((k, state.k), (v, state.v))]
+    averages = [scan_heads(g, x, chunk, h, start) for x, h in ((k, state.k), (v, state.v))]
     own_k, own_v = (x.to(q.dtype) for x in averages)
     first = position // chunk
     ends_k, ends_v = (x[:, :, chunk - 1 - start :: chunk] for x in (own_k, own_v))
@@ -193,7 +154,7 @@ class RAT(nn.Module):
 
     def __init__(self, C: int, heads: int, *, chunk: int = CHUNK, groups: int = 2):
         super().__init__()
-        _at_least("chunk", chunk, 1)
+        check_chunk(chunk)
         if heads < 1 or C % (2 * heads):
             raise ValueError(f"heads: expected C = {C} in shares of even width, got {heads}")
         if groups < 1 or heads % groups:
@@ -237,15 +198,6 @@ class RAT(nn.Module):
         return z, q.repeat_interleave(self.heads // q.shape[1], 1), k, v, g
 
 
-def _scan(g: Tensor, x: Tensor, chunk: int, state: Tensor, start: int) -> Tensor:
-    """`chunk_scan` of heads, in float32 at least; heads of a group start from the same ``x``."""
-    if x.shape[1] < g.shape[1]:
-        x = x.repeat_interleave(g.shape[1] // x.shape[1], 1)
-    flat = (y.to(state.dtype).transpose(1, 2).flatten(2) for y in (g, x))
-    h = chunk_scan(*flat, chunk, state=state.flatten(1), start=start)
-    return h.unflatten(2, (g.shape[1], -1)).transpose(1, 2)
-
-
 def _by_place(x: Tensor, chunk: int, start: int) -> Tensor:
     """``(B, H, L, D) -> (B H, chunk, chunks, D)``: tokens at one place of their chunks together."""
     around = start, -(start + x.shape[2]) % chunk
@@ -263,7 +215,7 @@ def _turn(x: Tensor, first: int, frequencies: Tensor | None) -> Tensor:
 
 def _start(q, k, v, g, chunk: int, state: RATState | None) -> RATState:
     """The state to start from; checks what callers can get wrong."""
-    _at_least("chunk", chunk, 1)
+    check_chunk(chunk)
     if q.dim() != 4 or not q.shape == v.shape == g.shape:
         shapes = [tuple(x.shape) for x in (q, v, g)]
         raise ValueError(f"q, v, g: expected one shape (B, H, L, D), got {shapes}")
@@ -279,13 +231,6 @@ def _start(q, k, v, g, chunk: int, state: RATState | None) -> RATState:
         got = [tuple(x.shape) for x in state[:4]]
         raise ValueError(f"state: expected shapes {wanted} in chunks of {chunk}, got {got}")
     return state
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
 def example() -> dict:

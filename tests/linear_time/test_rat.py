@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from corelib.linear_time import rat
+from corelib.linear_time.local_attention import LocalAttention
 from corelib.linear_time.rat import (
     RAT,
     RATState,
@@ -18,7 +19,7 @@ from corelib.linear_time.rat import (
     rat_reference,
     rat_step,
 )
-from corelib.linear_time.rat_hybrid import LocalAttention, RATHybrid
+from corelib.linear_time.rat_hybrid import RATHybrid
 from corelib.measure.work import count_work
 from corelib.primitives import attention, rope_frequencies, rope_half_split
 from corelib.testing import causality_probe, conformance
@@ -212,7 +213,6 @@ LAYERS = {
     "rat": lambda: RAT(16, 4, chunk=3),
     "rat, chunks of 1": lambda: RAT(16, 4, chunk=1, groups=1),
     "rat, one chunk": lambda: RAT(16, 2, chunk=64),
-    "local": lambda: LocalAttention(16, 4, window=3, sinks=2),
     "hybrid": lambda: RATHybrid(16, 4, chunk=3, window=4, layers=3),
 }
 
@@ -261,15 +261,6 @@ def test_the_hybrid_alternates_and_its_window_does_not_grow():
     assert RATHybrid(16, 4).mixers[1].window == 1024
 
 
-def test_a_local_stretch_leaves_its_state_as_it_was():
-    torch.manual_seed(0)
-    layer, x = LocalAttention(8, 2, window=3), torch.randn(1, 9, 8)
-    with torch.no_grad():
-        _, state = layer(x[:, :5])
-        once, twice = (layer(x[:, 5:], state)[0] for _ in range(2))
-    assert torch.equal(once, twice) and state.seen == 5
-
-
 def test_example_runs():
     assert not doctest.testmod(rat).failed
     torch.testing.assert_close(*(form(**example())[0] for form in FORMS), atol=1e-6, rtol=1e-5)
@@ -309,10 +300,6 @@ def test_bad_sizes_are_named():
         RAT(6, 2)
     with pytest.raises(ValueError, match="groups: expected a divisor of 4"):
         RAT(16, 4, groups=3)
-    with pytest.raises(ValueError, match="heads: expected C = 6"):
-        LocalAttention(6, 2, window=2)
-    with pytest.raises(ValueError, match="window: expected at least 1"):
-        LocalAttention(8, 2, window=0)
     with pytest.raises(ValueError, match="layers: expected at least 1"):
         RATHybrid(8, 2, layers=0)
     q, k, v, g = (x[:, :, 0] for x in qkvg(1))

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...linear_time.local_attention import LocalAttention
 from ...linear_time.rat import RAT, RATState, chunk_scan, rat_attention, rat_step
-from ...linear_time.rat_hybrid import LocalAttention, RATHybrid
+from ...linear_time.rat_hybrid import RATHybrid
 from ...models.optim import FusedAdamW
 from ...primitives import attention, masks
 from ...primitives.sliding_window import sliding_window_attention
