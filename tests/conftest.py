@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import pathlib
 
 import pytest
 
@@ -30,6 +32,21 @@ def made_lab(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def fla_naive():
+    """``fla_naive(op, name)``: a function of fla's naive references.
+
+    Their file is loaded by itself: the package wants Triton.
+    """
+    package = importlib.util.find_spec("fla")
+    if package is None:
+        pytest.skip("fla-core is not installed")
+    from corelib.kernels.gates.interpreter import load_file
+
+    ops = pathlib.Path(package.origin).parent / "ops"
+    return lambda op, name: getattr(load_file(str(ops / op / "naive.py")), name)
 
 
 def _markdown(source, tag):

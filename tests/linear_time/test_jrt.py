@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
@@ -94,17 +92,10 @@ def test_without_prefix_it_is_causal_based_attention(form):
     torch.testing.assert_close(empty, out, **EXACT)
 
 
-def test_flas_naive_based_agrees():
-    package = importlib.util.find_spec("fla")
-    if package is None:
-        pytest.skip("fla-core is not installed")
-    path = Path(package.origin).parent / "ops" / "based" / "naive.py"  # by itself: fla wants Triton
-    spec = importlib.util.spec_from_file_location("fla_naive_based", path)
-    naive = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(naive)
+def test_flas_naive_based_agrees(fla_naive):
     q, k, v, _, _ = random_inputs(32, K=8)
     out, _ = based_attention(q, k, v)
-    wanted = naive.naive_parallel_based(q.clone(), k, v)
+    wanted = fla_naive("based", "naive_parallel_based")(q.clone(), k, v)
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)  # they add 1e-6 below the line
 
 

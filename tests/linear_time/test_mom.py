@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import importlib.util
-import pathlib
 
 import pytest
 import torch
@@ -98,20 +96,8 @@ def test_one_memory_is_the_recurrence_itself():
     assert torch.equal(state[1], given["state"][1])
 
 
-def fla_gated_delta_rule():
-    """fla's naive reference, loaded by itself: the package wants Triton."""
-    package = importlib.util.find_spec("fla")
-    if package is None:
-        pytest.skip("fla-core is not installed")
-    path = pathlib.Path(package.origin).parent / "ops" / "gated_delta_rule" / "naive.py"
-    spec = importlib.util.spec_from_file_location("_fla_gated_delta_rule", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.naive_recurrent_gated_delta_rule
-
-
-def test_each_memory_is_fla_on_its_own_tokens():
-    run = fla_gated_delta_rule()
+def test_each_memory_is_fla_on_its_own_tokens(fla_naive):
+    run = fla_naive("gated_delta_rule", "naive_recurrent_gated_delta_rule")
     given = {
         n: x.float() if x.is_floating_point() else x for n, x in random_inputs("delta").items()
     }

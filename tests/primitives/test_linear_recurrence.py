@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import pathlib
-
 import pytest
 import torch
 
@@ -142,18 +139,6 @@ def test_gradcheck(kind):
     assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in given.values()])
 
 
-def fla(op: str, name: str):
-    """A function of fla's naive references, loaded by itself: the package wants Triton."""
-    package = importlib.util.find_spec("fla")
-    if package is None:
-        pytest.skip("fla-core is not installed")
-    path = pathlib.Path(package.origin).parent / "ops" / op / "naive.py"
-    spec = importlib.util.spec_from_file_location(f"_fla_{op}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)
-
-
 FLA = {
     "simple_gla": ("naive_recurrent_simple_gla", "scalar", False, "g"),
     "gla": ("naive_recurrent_gla", "vector", False, "gk"),
@@ -164,23 +149,23 @@ FLA = {
 
 @pytest.mark.parametrize("form", ["reference", "chunked"])
 @pytest.mark.parametrize("op", FLA)
-def test_equals_fla(op, form):
+def test_equals_fla(fla_naive, op, form):
     """Their layout is (B, L, H, ...) and their references compute in float32."""
     name, kind, beta, decay = FLA[op]
     given = random_inputs(kind, beta, L=70, dtype=torch.float32)
     theirs = {n: x if n == "state" else x.transpose(1, 2) for n, x in given.items()}
     theirs["initial_state"], theirs[decay] = theirs.pop("state"), theirs.pop("log_decay")
-    out, state = fla(op, name)(**theirs, output_final_state=True)
+    out, state = fla_naive(op, name)(**theirs, output_final_state=True)
     ours, last = linear_recurrence(**given, form=form, return_state=True)
     torch.testing.assert_close(ours, out.transpose(1, 2), atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(last, state, atol=2e-5, rtol=2e-5)
 
 
-def test_equals_fla_delta_rule():
+def test_equals_fla_delta_rule(fla_naive):
     given = random_inputs(None, True, L=70, dtype=torch.float32)
     theirs = dict(given)
     theirs["initial_state"] = theirs.pop("state")
-    out, state = fla("delta_rule", "delta_rule_recurrence")(**theirs)
+    out, state = fla_naive("delta_rule", "delta_rule_recurrence")(**theirs)
     ours, last = linear_recurrence(**given, return_state=True)
     torch.testing.assert_close(ours, out, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(last, state, atol=2e-5, rtol=2e-5)
