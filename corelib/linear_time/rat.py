@@ -45,8 +45,7 @@ from torch import Tensor, nn
 
 from corelib.primitives import attention, merge_partials, rope_frequencies, rope_half_split
 
-from .gated_average import check_chunk, scan_heads
-from .gated_average import chunk_scan as chunk_scan
+from .gated_average import check_chunk, chunk_scan, scan_heads  # noqa: F401
 
 Heads, Row = Float[Tensor, "B H L D"], Float[Tensor, "B H D"]
 Shared = Float[Tensor, "B G L D"]

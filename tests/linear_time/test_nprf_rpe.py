@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from corelib.linear_time import nprf_rpe
+from corelib.linear_time.nprf_layers import CausalNPRFAttention, NPRFAttention
 from corelib.linear_time.nprf_rpe import (
-    CausalNPRFAttention,
-    NPRFAttention,
     decayed_attention,
     example,
     kernel_attention_rpe,
