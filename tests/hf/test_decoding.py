@@ -5,32 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 from corelib import hf  # noqa: E402
 from corelib.decoding.aggressive_decoding import input_guided_decode  # noqa: E402
 from corelib.decoding.triforce import triforce_generate  # noqa: E402
 from corelib.models.cache import DenseCache  # noqa: E402
-
-SIZES = dict(
-    vocab_size=60,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=0,
-)
-
-
-def random_model(family, seed=0):
-    """Float64; weights of deviation 0.2, so that its greedy text does not repeat one token."""
-    torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**SIZES, initializer_range=0.2)
-    return getattr(transformers, f"{family}ForCausalLM")(config).double().eval()
 
 
 def prompt(length, seed=0):
@@ -44,7 +24,7 @@ def written_by(model, ids, new):
 
 @pytest.mark.method("aggressive_decoding")
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
-def test_input_guided_decoding_writes_what_transformers_does(family):
+def test_input_guided_decoding_writes_what_transformers_does(random_model, family):
     model, ids = random_model(family), prompt(6)
     written = written_by(model, ids, 16)
     assert len(set(written)) > 6
@@ -56,7 +36,7 @@ def test_input_guided_decoding_writes_what_transformers_does(family):
 
 @pytest.mark.method("triforce")
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
-def test_triforce_writes_what_transformers_does(family):
+def test_triforce_writes_what_transformers_does(random_model, family):
     """Both levels of the target run on one model of transformers, with two caches of ours."""
     model, ids = random_model(family), prompt(40)
     written = written_by(model, ids, 12)

@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 from corelib import hf  # noqa: E402
 from corelib.hf.attention import left_pads  # noqa: E402
@@ -21,28 +21,6 @@ from corelib.sparse_attention.minference import (  # noqa: E402
     minference_attention,
     vertical_slash,
 )
-
-SIZES = dict(
-    vocab_size=60,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=0,
-)
-
-
-def random_model(family, **options):
-    """Weights of deviation 0.2: attention far from uniform."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(
-        **SIZES, initializer_range=0.2, attn_implementation="sdpa", **options
-    )
-    return getattr(transformers, f"{family}ForCausalLM")(config).double().eval()
 
 
 def ids(B, L, seed=0):
@@ -58,7 +36,7 @@ def padded(L=9):
 
 
 @pytest.fixture(params=["Llama", "Qwen2"])
-def model(request):
+def model(request, random_model):
     return random_model(request.param)
 
 
@@ -160,7 +138,7 @@ def test_our_generate_runs_their_model(model):
 
 
 @torch.no_grad()
-def test_sliding_window_models_reach_a_method_that_takes_a_window():
+def test_sliding_window_models_reach_a_method_that_takes_a_window(random_model):
     model = random_model("Mistral", sliding_window=4)
     x = ids(2, 12)
     expected = model(x).logits
