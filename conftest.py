@@ -79,6 +79,8 @@ class _Recorder:
             test["methods"] = slugs
         if report.outcome != "passed":
             test["outcome"] = report.outcome
+        if report.failed:
+            test["error"] = report.longreprtext
 
     def pytest_sessionfinish(self, session):
         if hasattr(session.config, "workerinput"):

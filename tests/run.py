@@ -20,9 +20,11 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORD = ROOT / "build/results/tests.json"
+RECORD_WITHOUT_TRITON = RECORD.with_name("tests_without_triton.json")
 PYTEST = [sys.executable, "-m", "pytest", "-q"]
 # The labs' numbers are checked by predicates inside them, so nbval compares no text.
 NBVAL = ["--nbval-lax", "--nbval-cell-timeout=120"]
+FAILED: list[str] = []  # titles of the steps that failed
 WITHOUT_TRITON = ["tests/primitives", "tests/foundations", "tests/measure", "tests/teach"]
 
 
@@ -32,12 +34,16 @@ def step(title: str, command: list[str], **env: str) -> bool:
     start = time.perf_counter()
     code = subprocess.call(command, cwd=ROOT, env={**os.environ, **env})
     print(f"── {title}: {'ok' if code == 0 else 'FAILED'}, {time.perf_counter() - start:.0f} s")
+    if code:
+        FAILED.append(title)
     return code == 0
 
 
 def everything(jobs: int, extra: list[str]) -> bool:
     parallel = ["-n", str(jobs), "--dist", "loadscope", "--timeout", "900"]
     first_lab = str(next((ROOT / "labs").rglob("001_*.ipynb")).relative_to(ROOT))
+    for path in (RECORD, RECORD_WITHOUT_TRITON):
+        path.unlink(missing_ok=True)  # a run that dies leaves nothing to mistake for its own
     blocked = {"PYTHONPATH": str(ROOT / "tests/no_triton")}
     ok = step(
         "tests, kernel gates, labs and book",
@@ -45,12 +51,15 @@ def everything(jobs: int, extra: list[str]) -> bool:
     )
     ok &= step(
         "the quick tests and one lab with Triton blocked",
-        [*PYTEST, *WITHOUT_TRITON, first_lab, *NBVAL, *parallel, "-m", "not slow"],
+        [*PYTEST, *WITHOUT_TRITON, first_lab, *NBVAL, *parallel, "-m", "not slow"]
+        + ["--record", str(RECORD_WITHOUT_TRITON)],
         **blocked,
     )
-    ok &= step("what works now", [sys.executable, "-m", "corelib.results", str(RECORD)])
     ok &= step("time and size budgets", [sys.executable, "tests/budgets.py", str(RECORD)])
-    slowest()
+    if RECORD.exists():
+        slowest()
+    ok &= step("what works now", [sys.executable, "-m", "corelib.results", str(RECORD)])
+    what_failed()
     return ok
 
 
@@ -62,6 +71,16 @@ def slowest(count: int = 15) -> None:
     print(f"\n── the slowest of {len(seconds)} test files and labs")
     for name, spent in seconds.most_common(count):
         print(f"{spent:8.1f} s  {name}")
+
+
+def what_failed(lines: int = 12) -> None:
+    """Name the failed steps and tests last: a log is often read from its end, or cut there."""
+    for title in FAILED:
+        print(f"\n── FAILED: {title}")
+    for path in filter(pathlib.Path.exists, (RECORD, RECORD_WITHOUT_TRITON)):
+        for test, result in json.loads(path.read_text()).items():
+            if "error" in result:
+                print(f"\n── {test}", *result["error"].splitlines()[-lines:], sep="\n   ")
 
 
 def changed() -> list[str]:
