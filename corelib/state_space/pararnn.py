@@ -29,7 +29,7 @@ cell, where ``x`` is made, and after it.
 
 Exact: the first ``k`` states after ``k`` rounds, everything after ``L``. In between the error
 falls faster and faster where weights are small (``|w| <= 0.5``, as the layers keep them), and may
-grow without bound where they are not. Left out: the paper's language model around the cell.
+grow without bound where they are not. Layers and the paper's block: `pararnn_block`.
 Cost: ``O(K L C)`` work, in ``O(K sqrt(L))`` calls on a CPU in place of ``O(L)``. On a GPU
 `corelib.kernels.newton_rnn` makes each round, Jacobian and scan, in one pass.
 Oracles: the sequential loop, ``torch.nn.GRU`` with diagonal matrices, automatic differentiation.
@@ -37,13 +37,12 @@ Oracles: the sequential loop, ``torch.nn.GRU`` with diagonal matrices, automatic
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from corelib.primitives.diagonal_scan import block_scan, diagonal_scan
 
@@ -209,64 +208,6 @@ class _Newton(torch.autograd.Function):
         d_x, d_weights = torch.autograd.grad(after, leaves, g)
         d_state = cell.apply(J[:, :1], g[:, :1]).sum(1)  # of no step at all: zeros
         return None, None, d_x, d_weights, d_state
-
-
-# --- layers ---------------------------------------------------------------------------------------
-
-
-class ParaRNN(nn.Module):
-    """A nonlinear RNN as a sequence mixer on ``(B, L, C)``, in parallel over the sequence.
-
-    Args:
-        channels: width of input, output and state.
-        cell: `GRU` or `LSTM`.
-        iterations: rounds of Newton's method; ``step`` needs none and is exact.
-        bound: the cell's weights are kept within ``-bound .. bound``, where Newton converges.
-    """
-
-    def __init__(self, channels: int, cell: Cell = GRU, *, iterations: int = 3, bound: float = 0.5):
-        super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels: expected at least 1, got {channels}")
-        if not bound > 0:
-            raise ValueError(f"bound: expected more than 0, got {bound}")
-        self.channels, self.cell = channels, cell
-        self.iterations, self.bound = iterations, bound
-        self.enter = nn.Linear(channels, 3 * channels)
-        self.own = nn.Parameter((2 * torch.rand(cell.rows, channels) - 1) / math.sqrt(channels))
-
-    def weights(self) -> Weights:
-        """The cell's weights, within bounds."""
-        return self.own.clamp(-self.bound, self.bound)
-
-    def forward(
-        self, x: Float[Tensor, "B L C"], state: Tensor | None = None
-    ) -> tuple[Float[Tensor, "B L C"], Tensor]:
-        """All positions at once; ``state`` is ``(B, C)``, of an LSTM ``(B, C, 2)``."""
-        state = self.init_state(x.shape[0]) if state is None else state
-        gates = self.enter(x).unflatten(-1, (3, self.channels))
-        h = newton_rnn(self.cell, gates, self.weights(), state, iterations=self.iterations)
-        return (h[..., 0] if self.cell.tail else h), (h[:, -1] if x.shape[1] else state)
-
-    def step(self, x_t: Float[Tensor, "B C"], state: Tensor) -> tuple[Tensor, Tensor]:
-        """One position by the cell itself."""
-        gates = self.enter(x_t).unflatten(-1, (3, self.channels))
-        state = self.cell.step(state, gates, self.weights())
-        return (state[..., 0] if self.cell.tail else state), state
-
-    def init_state(self, batch: int) -> Tensor:
-        """Zeros."""
-        return self.own.new_zeros(batch, self.channels, *self.cell.tail)
-
-
-def ParaGRU(channels: int, **options) -> ParaRNN:
-    """`ParaRNN` with the GRU cell: diagonal Jacobians."""
-    return ParaRNN(channels, GRU, **options)
-
-
-def ParaLSTM(channels: int, **options) -> ParaRNN:
-    """`ParaRNN` with the LSTM cell: 2 x 2 Jacobians."""
-    return ParaRNN(channels, LSTM, **options)
 
 
 def example(cell: Cell = GRU) -> dict:

@@ -9,13 +9,10 @@ from corelib.state_space import pararnn
 from corelib.state_space.pararnn import (
     GRU,
     LSTM,
-    ParaGRU,
-    ParaLSTM,
     newton_rnn,
     newton_trace,
     sequential_rnn,
 )
-from corelib.testing import conformance
 
 EXACT = dict(atol=1e-10, rtol=1e-10)
 CELLS = pytest.mark.parametrize("cell", [GRU, LSTM], ids=lambda cell: cell.name)
@@ -109,19 +106,6 @@ def test_gru_equals_torchs():
     torch.testing.assert_close(newton_rnn(GRU, x, weights, state, iterations=9), wanted, **EXACT)
 
 
-@pytest.mark.parametrize("layer", [ParaGRU, ParaLSTM])
-def test_conformance(layer):
-    torch.manual_seed(0)
-    mixer = layer(3, iterations=10).double()
-    conformance(mixer, torch.randn(2, 9, 3, dtype=torch.float64))
-
-
-def test_layers_keep_their_weights_in_bounds():
-    mixer = ParaGRU(3, bound=0.2)
-    mixer.own.data.fill_(5.0)
-    assert mixer.weights().max() == 0.2
-
-
 @CELLS
 def test_an_empty_stretch(cell):
     x, weights, state = (y.requires_grad_() for y in inputs(cell, L=0))
@@ -129,9 +113,6 @@ def test_an_empty_stretch(cell):
     assert h.shape == sequential_rnn(cell, x, weights, state).shape == (2, 0, 4, *cell.tail)
     grads = torch.autograd.grad(h.sum(), (x, weights, state))
     assert not any(g.any() for g in grads)
-    mixer = pararnn.ParaRNN(4, cell).double()
-    y, after = mixer(torch.zeros(2, 0, 4, dtype=torch.float64), state)
-    assert y.shape == (2, 0, 4) and torch.equal(after, state)
 
 
 @pytest.mark.no_shape_checks
@@ -149,10 +130,3 @@ def test_bad_input_is_named(change, error, message):
     x, weights, state = inputs(GRU)
     with pytest.raises(error, match=message):
         newton_rnn(GRU, **dict(x=x, weights=weights, state=state) | change)
-
-
-def test_bad_layers_are_named():
-    with pytest.raises(ValueError, match="channels: expected at least 1"):
-        ParaGRU(0)
-    with pytest.raises(ValueError, match="bound: expected more than 0"):
-        ParaGRU(2, bound=0.0)
