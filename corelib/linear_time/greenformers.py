@@ -22,8 +22,8 @@ width for a square one. A rank below 1 is a share of that limit.
 | snmf_factor   | semi-NMF initialisation    | a right factor without negative numbers       |
 | random_factor | by design                  | for training from scratch                     |
 
-The layers to compare are in `linformer`, the formulas and the counting in `low_rank_bill`; both
-are here too.
+The two units are in `factored_layers`, the layers to compare in `linformer`, the formulas and the
+counting in `low_rank_bill`; all of them are here too.
 
 Exact: at full rank the model computes what it did; below, a layer is off by the tail of its
 spectrum and by no less. What the *model* loses by that, fine-tuning has to win back. Linformer
@@ -47,6 +47,7 @@ from torch import Tensor, nn
 
 from corelib.primitives.svd import svd_factors
 
+from .factored_layers import CED, LED
 from .linformer import (
     LinformerAttention,
     SelfAttention,
@@ -124,69 +125,6 @@ def random_factor(W: Weight, rank: int) -> Factors:
     U, V = W.new_empty(m, rank), W.new_empty(rank, n)
     bound = (3 / rank) ** 0.5
     return U.uniform_(-bound, bound), V.uniform_(-(n**-0.5), n**-0.5)
-
-
-class LED(nn.Module):
-    """``x -> second(first(x))``: a linear layer through ``r`` channels, the bias on the second.
-
-    ``weight``, ``bias``, ``in_features`` and ``out_features`` are those of the layer that it stands
-    for, for code that looks at them. ``weight`` multiplies the factors out on every look; PyTorch's
-    own ``nn.TransformerEncoderLayer`` does look when it evaluates without gradients, and is then as
-    slow as before (``torch.backends.mha.set_fastpath_enabled(False)`` stops that).
-    """
-
-    def __init__(
-        self, U: Float[Tensor, "m r"], V: Float[Tensor, "r n"], bias: Tensor | None = None
-    ):
-        super().__init__()
-        (self.out_features, rank), self.in_features = U.shape, V.shape[1]
-        self.first = nn.Linear(self.in_features, rank, bias=False, device="meta")
-        self.second = nn.Linear(rank, self.out_features, bias=bias is not None, device="meta")
-        _fill(self, U, V, bias)
-
-    @property
-    def weight(self) -> Weight:
-        return self.second.weight @ self.first.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.second.bias
-
-    def forward(self, x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows m"]:
-        return self.second(self.first(x))
-
-
-class CED(nn.Module):
-    """A convolution through ``r`` channels: ``convolution``'s window into them, then 1 wide.
-
-    Takes stride, padding and dilation of ``convolution``; ``V (r, channels * window)``.
-    """
-
-    def __init__(
-        self,
-        convolution: nn.Module,
-        U: Float[Tensor, "m r"],
-        V: Float[Tensor, "r n"],
-        bias: Tensor | None = None,
-    ):
-        super().__init__()
-        (m, rank), kind, old = U.shape, type(convolution), convolution
-        options = dict(stride=old.stride, padding=old.padding, dilation=old.dilation)
-        options |= dict(padding_mode=old.padding_mode, bias=False, device="meta")
-        self.first = kind(old.in_channels, rank, old.kernel_size, **options)
-        self.second = kind(rank, m, 1, bias=bias is not None, device="meta")
-        _fill(self, U, V, bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
-
-
-def _fill(unit: nn.Module, U: Tensor, V: Tensor, bias: Tensor | None) -> None:
-    """Put the factors into ``unit``'s two layers."""
-    for layer, factor in ((unit.first, V), (unit.second, U)):
-        layer.weight = nn.Parameter(factor.reshape(layer.weight.shape).contiguous())
-    if bias is not None:
-        unit.second.bias = nn.Parameter(bias)
 
 
 # --- a whole model --------------------------------------------------------------------------------
