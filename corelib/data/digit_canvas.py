@@ -16,13 +16,14 @@ Every question has five words, so that questions of all kinds go into one batch:
 | largest  | ``what digit is largest ?`` | ``9``                   |
 | smallest | ``what digit is smallest ?`` | ``0``                  |
 
-An answer ends with ``.`` and is filled up to `ANSWER_WORDS` words with ``_``.
+`canvas_questions` makes them up. An answer ends with ``.`` and is filled up to `ANSWER_WORDS` words
+with ``_``.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .canvas_questions import KINDS, question
 from .images import digits
 from .labelled import python_random
 
@@ -198,80 +200,3 @@ def answer_ids(answer: str) -> Int[Tensor, " said"]:
     """``answer``, its full stop and filling."""
     words = [*answer.split(), "."]
     return to_ids(" ".join(words + ["_"] * (ANSWER_WORDS - len(words))))
-
-
-class Question(NamedTuple):
-    """One question in words, with the numbers of the cells that its answer rests on."""
-
-    kind: str
-    text: str
-    answer: str
-    evidence: tuple[int, ...]
-
-
-def question(kind: str, canvas: list[list[int]], rng: random.Random) -> Question:
-    """A question about the labels of one canvas.
-
-    Where no digit is alone, ``where`` becomes ``read``. Raises ``ValueError`` for an unknown kind.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)}; got {kind!r}")
-    cells = [label for row in canvas for label in row]
-    held = [label for label in cells if label >= 0]
-    if kind == "where" and not any(held.count(digit) == 1 for digit in held):
-        kind = "read"
-    return Question(kind, *KINDS[kind](cells, held, len(canvas[0]), rng))
-
-
-Asked = tuple[str, str, tuple[int, ...]]
-
-
-def _of(digit: int, cells: list[int]) -> tuple[int, ...]:
-    return tuple(place for place, label in enumerate(cells) if label == digit)
-
-
-def _word(cell: int, columns: int) -> str:
-    return f"r{cell // columns + 1} c{cell % columns + 1}"
-
-
-def _read(cells: list[int], held: list[int], columns: int, rng: random.Random) -> Asked:
-    """Four times in five about a cell with a digit, else about any other."""
-    with_digit = rng.random() < 0.8 or len(held) == len(cells)
-    cell = rng.choice([n for n, label in enumerate(cells) if (label >= 0) == with_digit])
-    answer = str(cells[cell]) if with_digit else "nothing"
-    return f"digit at {_word(cell, columns)} ?", answer, (cell,)
-
-
-def _where(cells: list[int], held: list[int], columns: int, rng: random.Random) -> Asked:
-    digit = rng.choice([digit for digit in held if held.count(digit) == 1])
-    cell = cells.index(digit)
-    return f"where is the {digit} ?", _word(cell, columns), (cell,)
-
-
-def _count(cells: list[int], held: list[int], columns: int, rng: random.Random) -> Asked:
-    digit = rng.choice(held) if rng.random() < 0.5 else rng.randrange(10)
-    return f"how many {digit} here ?", str(min(held.count(digit), 9)), _of(digit, cells)
-
-
-def _exists(cells: list[int], held: list[int], columns: int, rng: random.Random) -> Asked:
-    present = rng.random() < 0.5
-    digit = rng.choice([digit for digit in range(10) if (digit in held) == present])
-    return f"is there a {digit} ?", "yes" if present else "no", _of(digit, cells)
-
-
-def _largest(cells: list[int], held: list[int], columns: int, rng: random.Random) -> Asked:
-    return "what digit is largest ?", str(max(held)), _of(max(held), cells)
-
-
-def _smallest(cells: list[int], held: list[int], columns: int, rng: random.Random) -> Asked:
-    return "what digit is smallest ?", str(min(held)), _of(min(held), cells)
-
-
-KINDS: dict[str, Callable[..., Asked]] = {
-    "read": _read,
-    "where": _where,
-    "count": _count,
-    "exists": _exists,
-    "largest": _largest,
-    "smallest": _smallest,
-}
