@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from .diffusion import Denoiser, Schedule, guided, noise_from_velocity, paint
 from .dit import DiT, DiTConfig, dit_flops, patchify, unpatchify
+from .frame_grid import Frames, Grid, from_grid, pos3d, raster_order, to_grid
 from .frame_sr import FrameSR, SRConfig, super_resolve
 
 __all__ = [
@@ -57,49 +58,6 @@ __all__ = [
     "super_resolve",
     "to_grid",
 ]
-
-Frames = Float[Tensor, "B T c h w"]
-Grid = Float[Tensor, "B c H W"]
-
-
-def to_grid(frames: Frames, columns: int) -> Grid:
-    """Frames in reading order, ``columns`` a row."""
-    B, T, c, h, w = frames.shape
-    if columns < 1 or T % columns:
-        raise ValueError(f"columns: expected a divisor of {T} frames, got {columns}")
-    tiled = frames.view(B, T // columns, columns, c, h, w).permute(0, 3, 1, 4, 2, 5)
-    return tiled.reshape(B, c, T // columns * h, columns * w)
-
-
-def from_grid(grid: Grid, rows: int, columns: int) -> Frames:
-    """The inverse of `to_grid`."""
-    B, c, H, W = grid.shape
-    if rows < 1 or columns < 1 or H % rows or W % columns:
-        raise ValueError(f"rows, columns: expected divisors of {H}, {W}, got {rows}, {columns}")
-    cut = grid.view(B, c, rows, H // rows, columns, W // columns).permute(0, 2, 4, 1, 3, 5)
-    return cut.reshape(B, rows * columns, c, H // rows, W // columns)
-
-
-def raster_order(grid: tuple[int, int], frame: tuple[int, int]) -> Int[Tensor, " L"]:
-    """For each patch of a grid in raster order, its number when frames are stacked.
-
-    ``grid``: rows and columns of frames; ``frame``: rows and columns of patches in a frame.
-    """
-    stacked = torch.arange(grid[0] * grid[1] * frame[0] * frame[1]).float()
-    return to_grid(stacked.view(1, -1, 1, *frame), grid[1]).flatten().long()
-
-
-def pos3d(
-    grid: tuple[int, int], frame: tuple[int, int], *, reorder: bool = True
-) -> Int[Tensor, "L 3"]:
-    """Frame, row and column of every patch of a grid in raster order.
-
-    ``reorder=False`` lists them frame after frame instead, as if frames were stacked; on the
-    patches of a grid that is what the released code does.
-    """
-    axes = (torch.arange(n) for n in (grid[0] * grid[1], *frame))
-    stacked = torch.cartesian_prod(*axes).view(-1, 3)
-    return stacked[raster_order(grid, frame)] if reorder else stacked
 
 
 @dataclasses.dataclass(frozen=True)
