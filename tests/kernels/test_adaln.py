@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives.adaln import adaln_reference, gated_adaln_reference
+from corelib.testing import assert_same
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 RUN = "corelib.kernels.gates.cases:forward_backward"
 MODULE = "corelib.kernels.adaln"
 NAMES = {True: ("x", "branch", "gate", "shift", "scale"), False: ("x", "shift", "scale")}
@@ -62,13 +67,10 @@ def test_values_and_gradients(interpreter, case, gated, dtype):
     d_outs = d_outs_of(given)
     outs, grads = interpreter.call(RUN, target(given), given, None, d_outs)
     names = ("residual", "out", *NAMES[True]) if gated else ("out", *NAMES[False])
-    relative = 1e-5 if dtype == torch.float32 else 4e-3
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
     for name, got, want in zip(names, (*outs, *grads), expected(given, d_outs), strict=True):
         assert got.dtype == dtype and got.shape == want.shape, name
-        tolerance = relative * max(1.0, want.abs().max().item())
-        torch.testing.assert_close(
-            got.double(), want, atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        assert_same(got, want, what=name, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("unused", [0, 1])
@@ -105,15 +107,6 @@ def test_a_large_mean_does_not_drown_the_variance(interpreter):
     torch.testing.assert_close(out.double(), want, atol=2e-3, rtol=0)
 
 
-def with_gradient(*given):
-    from corelib.kernels import adaln
-
-    leaves = [x.requires_grad_() for x in given]
-    out = adaln.gated_adaln(*leaves) if len(given) == 5 else adaln.adaln(*leaves)
-    out = out if isinstance(out, tuple) else (out,)
-    return torch.autograd.grad(out, leaves, [torch.ones_like(x) for x in out])
-
-
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("Lm", [1, 40])
 def test_moves_no_more_than_it_has_to(interpreter, gated, Lm):
@@ -127,7 +120,7 @@ def test_moves_no_more_than_it_has_to(interpreter, gated, Lm):
     assert count_io(target(given), *given).bytes_moved == forward
     least = 4 * (sum(x.numel() for x in given) + (1 + gated) * given[0].numel())
     assert forward <= 1.15 * least
-    both = count_io(f"{__file__}:with_gradient", *given).bytes_moved
+    both = count_io(RUN, target(given), given, None, d_outs_of(given)).bytes_moved
     assert both == forward + backward_bytes(2, 40, 24, **form)
     least_backward = 4 * (
         (6 if gated else 3) * given[0].numel() + (5 if gated else 3) * given[-1].numel()
@@ -145,35 +138,21 @@ def test_launcher_uses_declared_shapes():
 
 
 BAD = {
-    "double": (lambda x, *m: (x.double(), *(y.double() for y in m)), "x: expected float16"),
-    "wide": (lambda x, *m: (y.expand(-1, -1, 9000) for y in (x, *m)), "x: expected a width"),
-    "shapes": (lambda x, a, b: (x, a[:, :, :-1], b), "shift: expected"),
+    "double": (lambda *xs: [x.double() for x in xs], TypeError, "^x: expected float16"),
+    "wide": (lambda *xs: [x.repeat(1, 1, 2000) for x in xs], ValueError, "^x: expected a width"),
+    "shapes": (lambda x, a, b: (x, a[:, :, :-1], b), ValueError, "^shift: expected"),
 }
-
-
-def refused(case):
-    from corelib.kernels.adaln import adaln
-
-    given = [x[..., :1] if case == "wide" else x for x in inputs(1, 2, 8, 1, gated=False)]
-    if torch.cuda.is_available():
-        given = [x.cuda() for x in given]
-    try:
-        adaln(*BAD[case][0](*given))
-    except (ValueError, TypeError) as problem:
-        return str(problem)
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(interpreter, case):
-    assert interpreter.call(f"{__file__}:refused", case).startswith(BAD[case][1])
+    change, error, message = BAD[case]
+    args = change(*inputs(1, 2, 8, 1, gated=False))
+    shared.assert_refused_where_it_runs(interpreter, f"{MODULE}:adaln", args, error, message)
 
 
 def test_the_device_is_named():
-    pytest.importorskip("triton")
-    from corelib.kernels.adaln import adaln
-
-    with pytest.raises(ValueError, match="expected CUDA tensors"):
-        adaln(*inputs(1, 2, 8, 1, gated=False))
+    shared.assert_wants_cuda(f"{MODULE}:adaln", inputs(1, 2, 8, 1, gated=False))
 
 
 def check():
@@ -191,7 +170,4 @@ def check():
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    assert survivors(MODULE, f"{__file__}:check", limit=8) == []
+    assert shared.survivors("adaln", f"{__file__}:check", limit=8) == []

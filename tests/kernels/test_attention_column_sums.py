@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives import visible_keys
 
-MODULE = "corelib.kernels.attention_column_sums"
-KERNEL = f"{MODULE}:attention_column_sums"
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
+KERNEL = "corelib.kernels.attention_column_sums:attention_column_sums"
 RUN = "corelib.kernels.gates.cases:forward_backward"
 
 
@@ -19,14 +22,6 @@ def random_inputs(B, H, G, L, S, D, dtype=torch.float32, seed=0):
         for shape in ((B, H, L, D), (B, G, S, D), (B, H, L))
     )
     return q, k, weights.float()
-
-
-def guarded(x):
-    """The same values as a view with NaN around each row and after the last one."""
-    B, H, L, D = x.shape
-    room = x.new_full((B, L + 1, H, D + 3), torch.nan).transpose(1, 2)
-    room[:, :, :L, :D] = x
-    return room[:, :, :L, :D]
 
 
 def scores(q, k, causal, scale=None):
@@ -93,7 +88,8 @@ def test_any_layout_and_nothing_beyond_it(interpreter):
     q, k, weights = random_inputs(2, 4, 2, 35, 43, 12)
     lse, wanted = expected(q, k, causal=True, weights=weights)
     strided = torch.stack([weights, weights + torch.nan], 3)[..., 0]
-    got = interpreter.call(KERNEL, guarded(q), guarded(k), lse, causal=True, weights=strided)
+    views = shared.guarded(q), shared.guarded(k)
+    got = interpreter.call(KERNEL, *views, lse, causal=True, weights=strided)
     assert_equal(got, wanted)
 
 
@@ -144,13 +140,9 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(case):
-    pytest.importorskip("triton")
-    from corelib.kernels.attention_column_sums import attention_column_sums
-
     change, error, message = BAD[case]
     good = dict(q=torch.zeros(1, 4, 9, 8), k=torch.zeros(1, 2, 9, 8), lse=torch.zeros(1, 4, 9))
-    with pytest.raises(error, match=message):
-        attention_column_sums(**good | change, causal=True)
+    shared.assert_refused(KERNEL, (), error, message, **good | change, causal=True)
 
 
 def check():
@@ -166,15 +158,13 @@ def check():
         q, k, weights = random_inputs(*sizes)
         weights = weights if weighted else None
         lse, wanted = expected(q, k, **options, weights=weights)
+        views = shared.guarded(q), shared.guarded(k)
         with poisoned():
-            got = attention_column_sums(guarded(q), guarded(k), lse, weights=weights, **options)
+            got = attention_column_sums(*views, lse, weights=weights, **options)
         assert_equal(got, wanted, tolerance=1e-5)
 
 
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; of twelve, none lived."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    assert survivors(MODULE, f"{__file__}:check", limit=8) == []
+    assert shared.survivors("attention_column_sums", f"{__file__}:check", limit=8) == []

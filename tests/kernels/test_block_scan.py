@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives.diagonal_scan import scan_reference
+from corelib.testing import assert_same
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 RUN = "corelib.kernels.gates.cases:forward_backward"
+KERNEL = "corelib.kernels.block_scan:block_scan"
 TARGET = f"{__file__}:by_kernel"
 
 
@@ -63,10 +69,7 @@ def test_states_and_gradients(interpreter, case):
     options = dict(reset=resets(*sizes[:2]) if with_reset else None, reverse=reverse)
     d_out = seed_for(given[1])
     (out,), grads = interpreter.call(RUN, TARGET, given, options, (d_out,))
-    for name, got, want in zip(NAMES, (out, *grads), expected(given, options, d_out)):
-        torch.testing.assert_close(
-            got, want, atol=1e-12, rtol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    shared.assert_close(NAMES, (out, *grads), expected(given, options, d_out), 1e-12)
 
 
 def test_float32(interpreter):
@@ -74,8 +77,7 @@ def test_float32(interpreter):
     d_out = torch.ones_like(given[1])
     (out,), grads = interpreter.call(RUN, TARGET, given, None, (d_out,))
     assert out.dtype == torch.float32
-    for got, want in zip((out, *grads), expected(given, {}, d_out)):
-        assert (got.double() - want).abs().max() < 1e-5 * max(1.0, want.abs().max().item())
+    assert_same((out, *grads), expected(given, {}, d_out), tolerance=1e-5)
 
 
 def through_strides(blocks, x, state):
@@ -98,29 +100,20 @@ def test_nothing_to_do(interpreter, sizes):
     assert out.shape == (*sizes, 2) and not any(y.any() for y in grads)
 
 
-def with_gradient(blocks, x, state):
-    leaves = [y.requires_grad_() for y in (blocks, x)]
-    out = by_kernel(*leaves, state)
-    return torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-
 def test_moves_the_bytes_that_it_says(interpreter):
     from corelib.kernels.block_scan import backward_bytes, forward_bytes
     from corelib.measure import count_io
 
     given = inputs(1, 18, 3, dtype=torch.float32)
     assert count_io(TARGET, *given).bytes_moved == forward_bytes(1, 18, 3)
-    both = count_io(f"{__file__}:with_gradient", *given).bytes_moved
+    both = count_io(RUN, TARGET, given, None, (seed_for(given[1]),)).bytes_moved
     assert both == forward_bytes(1, 18, 3) + backward_bytes(1, 18, 3)
 
 
 def test_launcher_uses_declared_tiles():
     from corelib.kernels.block_scan import BACKWARD, FORWARD, SPECIALISATIONS
 
-    for row in SPECIALISATIONS:
-        tile = FORWARD if row.direction == "forward" else BACKWARD
-        assert (row.constexprs["BLOCK_T"], row.constexprs["BLOCK_C"]) == tile[:2]
-        assert row.num_warps == tile.num_warps
+    shared.assert_tiles_are_declared(SPECIALISATIONS, FORWARD, BACKWARD)
 
 
 BAD = {
@@ -133,35 +126,15 @@ BAD = {
 }  # fmt: skip
 
 
-def refused(case):
-    """The message that the kernel refuses with, where the device is right."""
-    from corelib.kernels.block_scan import block_scan
-
-    given = inputs(2, 5, 3)
-    if torch.cuda.is_available():
-        given = [y.cuda() for y in given]
-    change, error, _ = BAD[case]
-    arguments, options = change(*given)
-    try:
-        block_scan(*arguments, **options)
-    except error as problem:
-        return str(problem)
-
-
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(interpreter, case):
-    import re
-
-    assert re.search(BAD[case][2], interpreter.call(f"{__file__}:refused", case))
+    change, error, message = BAD[case]
+    args, options = change(*inputs(2, 5, 3))
+    shared.assert_refused_where_it_runs(interpreter, KERNEL, args, error, message, **options)
 
 
 def test_the_device_is_named():
-    pytest.importorskip("triton")
-    from corelib.kernels.block_scan import block_scan
-
-    blocks, x, _ = inputs(1, 1, 1)
-    with pytest.raises(ValueError, match="expected CUDA tensors"):
-        block_scan(blocks, x)
+    shared.assert_wants_cuda(KERNEL, inputs(1, 1, 1)[:2])
 
 
 def check():
@@ -173,14 +146,10 @@ def check():
         options = dict(reset=resets(*sizes[:2]), reverse=reverse)
         d_out = seed_for(given[1])
         (out,), grads = forward_backward(TARGET, given, options, (d_out,))
-        for got, want in zip((out, *grads), expected(given, options, d_out)):
-            torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
+        shared.assert_close(NAMES, (out, *grads), expected(given, options, d_out), 1e-11)
 
 
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    assert survivors("corelib.kernels.block_scan", f"{__file__}:check", limit=6) == []
+    assert shared.survivors("block_scan", f"{__file__}:check", limit=6) == []

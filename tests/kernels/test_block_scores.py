@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives import visible_keys
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 MODULE = "corelib.kernels.block_scores"
 RUN = "corelib.kernels.gates.cases:forward_backward"
 
@@ -15,14 +19,6 @@ def random_inputs(B, H, G, L, S, D, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shapes = (B, H, L, D), (B, G, S, D)
     return [torch.randn(x, generator=generator).add(0.5).to(dtype) for x in shapes]
-
-
-def guarded(x):
-    """The same values as a view with NaN around each row and after the last one."""
-    B, H, L, D = x.shape
-    room = x.new_full((B, L + 1, H, D + 3), torch.nan).transpose(1, 2)
-    room[:, :, :L, :D] = x
-    return room[:, :, :L, :D]
 
 
 def means(x, block):
@@ -112,7 +108,7 @@ def test_half_precision_sums_do_not_overflow(interpreter):
 
 def test_any_layout_and_nothing_beyond_it(interpreter):
     q, k = random_inputs(2, 4, 2, 35, 43, 12)
-    views = [guarded(x) for x in (q, k)]
+    views = shared.guarded(q), shared.guarded(k)
     got = interpreter.call(f"{MODULE}:pooled_block_scores", *views, 8, causal=True)
     assert_equal(got, expected(q, k, 8, causal=True))
 
@@ -159,14 +155,9 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(case):
-    pytest.importorskip("triton")
-    from corelib.kernels.block_scores import pooled_block_scores
-
     change, options, error, message = BAD[case]
-    with pytest.raises(error, match=message):
-        pooled_block_scores(
-            *change(*random_inputs(1, 4, 2, 9, 9, 8)), **dict(block=4, causal=True) | options
-        )
+    args, options = change(*random_inputs(1, 4, 2, 9, 9, 8)), dict(block=4, causal=True) | options
+    shared.assert_refused(f"{MODULE}:pooled_block_scores", args, error, message, **options)
 
 
 def check():
@@ -180,9 +171,10 @@ def check():
         ((1, 1, 1, 66, 67, 4), dict(block=1, causal=True)),  # several tiles
     ):
         q, k = random_inputs(*sizes)
+        views = shared.guarded(q), shared.guarded(k)
         with poisoned():
-            got = pooled_block_scores(guarded(q), guarded(k), **options)
-            sums = grouped_block_scores(guarded(q), guarded(k), **options)
+            got = pooled_block_scores(*views, **options)
+            sums = grouped_block_scores(*views, **options)
         wanted = expected(q, k, **options)
         assert_equal(got, wanted, tolerance=5e-6)
         assert_equal(sums, grouped(wanted, k.shape[1]), tolerance=1e-5)
@@ -197,7 +189,5 @@ EQUIVALENT = {
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; of all, one more lives: a looser bound on the tiles that are skipped."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    assert survivors(MODULE, f"{__file__}:check", limit=11, equivalent=EQUIVALENT) == []
+    check = f"{__file__}:check"
+    assert shared.survivors("block_scores", check, limit=11, equivalent=EQUIVALENT) == []

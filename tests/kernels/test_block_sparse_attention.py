@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives.block_sparse import BlockLists, block_sparse_attention_reference
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 SPARSE = "corelib.kernels.block_sparse_attention:block_sparse_attention"
 RUN = "corelib.kernels.gates.cases:forward_backward"
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -29,24 +33,13 @@ def random_case(
 
 
 def expected(qkv, lists, grads, **options):
-    """Output, log-sum-exp and gradients in float64; empty rows pass no gradient on."""
-    qkv = [x.double().requires_grad_() for x in qkv]
-    out, lse = block_sparse_attention_reference(*qkv, lists, **options, return_lse=True)
-    seen = lse > -torch.inf
-    total = (out * grads[0].double()).sum() + (lse[seen] * grads[1].double()[seen]).sum()
-    return [x.detach() for x in (out, lse, *torch.autograd.grad(total, qkv))]
+    reference = block_sparse_attention_reference
+    return shared.attention_with_gradients(reference, qkv, grads, lists, **options)
 
 
 def assert_all_close(got, wanted, tolerance=5e-6):
-    for name, x, y in zip(NAMES[: len(got)], got, wanted, strict=False):
-        torch.testing.assert_close(
-            x.double(), y, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
-
-
-def with_nan_for_empty_rows(grads, lse):
-    """What comes back through the log-sum-exp of a row that sees no key must not matter."""
-    return grads[0], grads[1].masked_fill(lse == -torch.inf, float("nan"))
+    names = NAMES[: len(got)]
+    shared.assert_close(names, got, wanted[: len(got)], tolerance)
 
 
 CASES = {
@@ -64,7 +57,7 @@ def test_equals_reference(interpreter, case):
     sizes, options = CASES[case]
     qkv, lists, grads, _ = random_case(*sizes)
     wanted = expected(qkv, lists, grads, **options)
-    grads = with_nan_for_empty_rows(grads, wanted[1])
+    grads = shared.with_nan_for_empty_rows(grads, wanted[1])
     got = interpreter.call(RUN, SPARSE, (*qkv, lists), dict(**options, return_lse=True), grads)
     assert_all_close([*got[0], *got[1]], wanted)
 
@@ -73,7 +66,7 @@ def test_equals_reference(interpreter, case):
 def test_nothing_and_everything_listed(interpreter, density):
     qkv, lists, grads, _ = random_case(1, 1, 1, 33, 33, 16, 16, 16, density=density)
     wanted = expected(qkv, lists, grads, causal=True)
-    grads = with_nan_for_empty_rows(grads, wanted[1])
+    grads = shared.with_nan_for_empty_rows(grads, wanted[1])
     options = dict(causal=True, return_lse=True)
     got = interpreter.call(RUN, SPARSE, (*qkv, lists), options, grads)
     assert_all_close([*got[0], *got[1]], wanted)
@@ -84,7 +77,7 @@ def test_moved_keys(interpreter, causal):
     qkv, lists, grads, positions = random_case(2, 2, 1, 35, 60, 16, 16, 16, moved=True)
     options = dict(causal=causal, key_positions=positions)
     wanted = expected(qkv, lists, grads, **options)
-    grads = with_nan_for_empty_rows(grads, wanted[1])
+    grads = shared.with_nan_for_empty_rows(grads, wanted[1])
     got = interpreter.call(RUN, SPARSE, (*qkv, lists), dict(**options, return_lse=True), grads)
     assert_all_close([*got[0], *got[1]], wanted)
 
@@ -152,9 +145,6 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(case):
-    pytest.importorskip("triton")
-    from corelib.kernels.block_sparse_attention import block_sparse_attention
-
     change, error, message = BAD[case]
     sizes = dict(B=1, H=2, G=1, L=8, S=8, D=16, V=16, block=16) | change
     other = sizes.pop("other", None)
@@ -162,8 +152,7 @@ def test_bad_input_is_named(case):
     if other:
         qkv = [x[:, :, :other] for x in qkv]
         lists = random_case(**sizes | dict(S=other + 30))[1]
-    with pytest.raises(error, match=message):
-        block_sparse_attention(*qkv, lists, causal=True)
+    shared.assert_refused(SPARSE, (*qkv, lists), error, message, causal=True)
 
 
 def check_forward():
@@ -196,7 +185,7 @@ def check_backward():
         moved = options.pop("moved", False)
         qkv, lists, grads, options["key_positions"] = random_case(*sizes, moved=moved)
         wanted = expected(qkv, lists, grads, **options)
-        grads = with_nan_for_empty_rows(grads, wanted[1])
+        grads = shared.with_nan_for_empty_rows(grads, wanted[1])
         got = forward_backward(SPARSE, (*qkv, lists), dict(**options, return_lse=True), grads)
         assert_all_close([*got[0], *got[1]], wanted)
 
@@ -211,8 +200,4 @@ def check_backward():
 )
 def test_mutants_are_caught(module, check, limit):
     """A sample, spread over the source; ``limit=None`` runs them all in some minutes."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    name = f"corelib.kernels.{module}"
-    assert survivors(name, f"{__file__}:{check}", limit=limit) == []
+    assert shared.survivors(module, f"{__file__}:{check}", limit=limit) == []

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.state_space.cauchy import cauchy_sums_reference
+from corelib.testing import assert_same
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 RUN = "corelib.kernels.gates.cases:forward_backward"
+KERNEL = "corelib.kernels.cauchy:cauchy_sums"
 TARGET = f"{__file__}:in_real_numbers"
+NAMES = ("sums", "d_weights", "d_poles")
 
 
 def in_real_numbers(weights, poles, sine, cosine):
@@ -58,12 +65,8 @@ def test_sums_and_gradients(interpreter, case, dtype):
     assert d_sine is None and d_cosine is None
     assert out.dtype == d_weights.dtype == d_poles.dtype == dtype
     tolerance = 1e-11 if dtype == torch.float64 else 3e-5
-    names = ("sums", "d_weights", "d_poles")
-    for name, got, want in zip(names, (out, d_weights, d_poles), expected(given, d_out)):
-        scale = max(1.0, want.abs().max().item())
-        torch.testing.assert_close(
-            got.double(), want, atol=tolerance * scale, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    for name, got, want in zip(NAMES, (out, d_weights, d_poles), expected(given, d_out)):
+        assert_same(got, want, what=name, tolerance=tolerance)
 
 
 def test_poles_close_to_the_axis(interpreter):
@@ -132,18 +135,13 @@ def test_moves_no_more_than_it_has_to(interpreter):
     assert count.bytes_moved < matrix
 
 
-def with_gradient(weights, poles, sine, cosine):
-    leaves = [x.requires_grad_() for x in (weights, poles)]
-    out = in_real_numbers(*leaves, sine, cosine)
-    return torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-
 def test_backward_moves_no_more_than_it_has_to(interpreter):
     from corelib.kernels.cauchy import backward_bytes, forward_bytes
     from corelib.measure import count_io
 
     sizes = (4, 2, 16, 130)
-    count = count_io(f"{__file__}:with_gradient", *inputs(*sizes, dtype=torch.float32))
+    given = inputs(*sizes, dtype=torch.float32)
+    count = count_io(RUN, TARGET, given, None, (torch.ones(4, 2, 130, 2),))
     assert count.bytes_moved == forward_bytes(*sizes) + backward_bytes(*sizes)
 
 
@@ -172,36 +170,20 @@ BAD = {
 }  # fmt: skip
 
 
-def refused(case):
-    """The message that the kernel refuses with, where the device is right."""
-    from corelib.kernels.cauchy import cauchy_sums
-
-    given = inputs(2, 3, 4, 5)
-    weights, poles = (torch.view_as_complex(x) for x in given[:2])
-    if torch.cuda.is_available():
-        weights, poles, *given[2:] = (x.cuda() for x in (weights, poles, *given[2:]))
-    change, error, _ = BAD[case]
-    try:
-        cauchy_sums(*change(weights, poles, *given[2:]))
-    except error as problem:
-        return str(problem)
+def complex_inputs(*sizes):
+    weights, poles, sine, cosine = inputs(*sizes)
+    return torch.view_as_complex(weights), torch.view_as_complex(poles), sine, cosine
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(interpreter, case):
-    import re
-
-    assert re.search(BAD[case][2], interpreter.call(f"{__file__}:refused", case))
+    change, error, message = BAD[case]
+    args = change(*complex_inputs(2, 3, 4, 5))
+    shared.assert_refused_where_it_runs(interpreter, KERNEL, args, error, message)
 
 
 def test_the_device_is_named():
-    pytest.importorskip("triton")
-    from corelib.kernels.cauchy import cauchy_sums
-
-    weights, poles, sine, cosine = inputs(1, 1, 1, 1)
-    weights, poles = torch.view_as_complex(weights), torch.view_as_complex(poles)
-    with pytest.raises(ValueError, match="expected CUDA tensors"):
-        cauchy_sums(weights, poles, sine, cosine)
+    shared.assert_wants_cuda(KERNEL, complex_inputs(1, 1, 1, 1))
 
 
 def check():
@@ -213,15 +195,11 @@ def check():
         M, C, _, K = sizes
         generator = torch.Generator().manual_seed(1)
         d_out = torch.randn(M, C, K, 2, generator=generator, dtype=torch.float64)
-        (out,), grads = forward_backward(f"{__file__}:in_real_numbers", given, None, (d_out,))
-        for got, want in zip((out, *grads[:2]), expected(given, d_out)):
-            torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
+        (out,), grads = forward_backward(TARGET, given, None, (d_out,))
+        shared.assert_close(NAMES, (out, *grads[:2]), expected(given, d_out), 1e-11)
 
 
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    assert survivors("corelib.kernels.cauchy", f"{__file__}:check", limit=8) == []
+    assert shared.survivors("cauchy", f"{__file__}:check", limit=8) == []

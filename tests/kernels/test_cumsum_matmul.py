@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
+
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 RUN = "corelib.kernels.gates.cases:forward_backward"
 TARGET = "corelib.kernels.cumsum_matmul:cumsum_matmul"
 
@@ -97,31 +102,15 @@ BAD = {
 }
 
 
-def refused(case):
-    """The message that the kernel refuses with, where the device is right."""
-    from corelib.kernels.cumsum_matmul import cumsum_matmul
-
-    x = values(1, 2, 3)
-    change, error, _ = BAD[case]
-    try:
-        cumsum_matmul(change(x.cuda() if torch.cuda.is_available() else x))
-    except error as problem:
-        return str(problem)
-
-
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(interpreter, case):
-    import re
-
-    assert re.search(BAD[case][2], interpreter.call(f"{__file__}:refused", case))
+    change, error, message = BAD[case]
+    args = (change(values(1, 2, 3)),)
+    shared.assert_refused_where_it_runs(interpreter, TARGET, args, error, message)
 
 
 def test_the_device_is_named():
-    pytest.importorskip("triton")
-    from corelib.kernels.cumsum_matmul import cumsum_matmul
-
-    with pytest.raises(ValueError, match="expected CUDA tensors"):
-        cumsum_matmul(values(1, 1, 1))
+    shared.assert_wants_cuda(TARGET, (values(1, 1, 1),))
 
 
 def check():
@@ -141,7 +130,4 @@ def check():
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    assert survivors("corelib.kernels.cumsum_matmul", f"{__file__}:check", limit=6) == []
+    assert shared.survivors("cumsum_matmul", f"{__file__}:check", limit=6) == []

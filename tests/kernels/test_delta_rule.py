@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives import linear_recurrence
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 DELTA = "corelib.kernels.delta_rule:delta_rule"
 RUN = "corelib.kernels.gates.cases:forward_backward"
 
@@ -38,10 +42,7 @@ def assert_equals_loop(interpreter, inputs, tolerance=2e-5, **more):
     got = interpreter.call(RUN, DELTA, given, options | more, grads)
     names = "out", "state", "dq", "dk", "dv", "dbeta", *(f"d{name}" for name in options)
     assert got[0][0].dtype == given[0].dtype and got[0][1].dtype == torch.float32
-    for name, x, y in zip(names, [*got[0], *got[1]], expected(*inputs, **more), strict=True):
-        torch.testing.assert_close(
-            x.double(), y, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
+    shared.assert_close(names, [*got[0], *got[1]], expected(*inputs, **more), tolerance)
 
 
 CASES = {
@@ -135,12 +136,8 @@ def test_traffic_of_a_small_case_by_hand():
     ],
 )
 def test_bad_input_is_named(change, error, message):
-    pytest.importorskip("triton")
-    from corelib.kernels.delta_rule import delta_rule
-
     named = dict(zip(("q", "k", "v", "beta"), random_inputs(None, 3)[0], strict=True))
-    with pytest.raises(error, match=message):
-        delta_rule(**(named | change))
+    shared.assert_refused(DELTA, (), error, message, **(named | change))
 
 
 def check():
@@ -158,11 +155,4 @@ def check():
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them in some minutes."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    module = "corelib.kernels.delta_rule"
-    assert survivors(module, f"{__file__}:check", limit=4, equivalent=EQUIVALENT) == []
-
-
-EQUIVALENT = {}
+    assert shared.survivors("delta_rule", f"{__file__}:check", limit=4) == []

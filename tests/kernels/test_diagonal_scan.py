@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives.diagonal_scan import scan_reference
+from corelib.testing import assert_same
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 RUN = "corelib.kernels.gates.cases:forward_backward"
+KERNEL = "corelib.kernels.diagonal_scan:diagonal_scan"
 TARGET = f"{__file__}:in_real_numbers"
+NAMES = ("states", "d_decay", "d_x", "d_state")
 
 
 def in_real_numbers(decay, x, state, reset=None, reverse=False):
@@ -64,11 +71,7 @@ def test_states_and_gradients(interpreter, case):
     options = dict(reset=resets(*sizes[:2]) if with_reset else None, reverse=reverse)
     d_out = torch.randn(given[1].shape, generator=torch.Generator().manual_seed(1)).double()
     (out,), grads = interpreter.call(RUN, TARGET, given, options, (d_out,))
-    names = ("states", "d_decay", "d_x", "d_state")
-    for name, got, want in zip(names, (out, *grads), expected(given, options, d_out)):
-        torch.testing.assert_close(
-            got, want, atol=1e-12, rtol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    shared.assert_close(NAMES, (out, *grads), expected(given, options, d_out), 1e-12)
 
 
 @pytest.mark.parametrize("is_complex", [False, True])
@@ -77,8 +80,7 @@ def test_float32(interpreter, is_complex):
     d_out = torch.ones_like(given[1])
     (out,), grads = interpreter.call(RUN, TARGET, given, None, (d_out,))
     assert out.dtype == torch.float32
-    for got, want in zip((out, *grads), expected(given, {}, d_out)):
-        assert (got.double() - want).abs().max() < 1e-5 * max(1.0, want.abs().max().item())
+    assert_same((out, *grads), expected(given, {}, d_out), tolerance=1e-5)
 
 
 def one_decay_for_all(decay, x, state):
@@ -93,8 +95,7 @@ def test_one_decay_for_all_steps(interpreter):
     given = [decay[0, 0].clone(), x, state]
     d_out = torch.ones_like(x)
     (out,), grads = interpreter.call(RUN, f"{__file__}:one_decay_for_all", given, None, (d_out,))
-    for got, want in zip((out, *grads), expected(given, {}, d_out)):
-        torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
+    shared.assert_close(NAMES, (out, *grads), expected(given, {}, d_out), 1e-11)
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
@@ -114,27 +115,19 @@ def test_moves_no_more_than_it_has_to(interpreter):
     assert count.bytes_moved == forward_bytes(1, 40, 20)
 
 
-def with_gradient(decay, x, state):
-    leaves = [y.requires_grad_() for y in (decay, x)]
-    out = in_real_numbers(*leaves, state)
-    return torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-
 def test_backward_moves_no_more_than_it_has_to(interpreter):
     from corelib.kernels.diagonal_scan import backward_bytes, forward_bytes
     from corelib.measure import count_io
 
-    count = count_io(f"{__file__}:with_gradient", *inputs(1, 40, 20, dtype=torch.float32))
+    given = inputs(1, 40, 20, dtype=torch.float32)
+    count = count_io(RUN, TARGET, given, None, (torch.ones_like(given[1]),))
     assert count.bytes_moved == forward_bytes(1, 40, 20) + backward_bytes(1, 40, 20)
 
 
 def test_launcher_uses_declared_tiles():
     from corelib.kernels.diagonal_scan import BACKWARD, FORWARD, SPECIALISATIONS
 
-    for row in SPECIALISATIONS:
-        tile = FORWARD if row.direction == "forward" else BACKWARD
-        assert (row.constexprs["BLOCK_T"], row.constexprs["BLOCK_C"]) == tile[:2]
-        assert row.num_warps == tile.num_warps
+    shared.assert_tiles_are_declared(SPECIALISATIONS, FORWARD, BACKWARD)
 
 
 BAD = {
@@ -147,35 +140,15 @@ BAD = {
 }  # fmt: skip
 
 
-def refused(case):
-    """The message that the kernel refuses with, where the device is right."""
-    from corelib.kernels.diagonal_scan import diagonal_scan
-
-    given = inputs(2, 5, 3)
-    if torch.cuda.is_available():
-        given = [y.cuda() for y in given]
-    change, error, _ = BAD[case]
-    arguments, options = change(*given)
-    try:
-        diagonal_scan(*arguments, **options)
-    except error as problem:
-        return str(problem)
-
-
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(interpreter, case):
-    import re
-
-    assert re.search(BAD[case][2], interpreter.call(f"{__file__}:refused", case))
+    change, error, message = BAD[case]
+    args, options = change(*inputs(2, 5, 3))
+    shared.assert_refused_where_it_runs(interpreter, KERNEL, args, error, message, **options)
 
 
 def test_the_device_is_named():
-    pytest.importorskip("triton")
-    from corelib.kernels.diagonal_scan import diagonal_scan
-
-    decay, x, _ = inputs(1, 1, 1)
-    with pytest.raises(ValueError, match="expected CUDA tensors"):
-        diagonal_scan(decay, x)
+    shared.assert_wants_cuda(KERNEL, inputs(1, 1, 1)[:2])
 
 
 def check():
@@ -186,15 +159,11 @@ def check():
         given = inputs(*sizes)
         options = dict(reset=resets(*sizes[:2]), reverse=reverse)
         d_out = torch.randn(given[1].shape, generator=torch.Generator().manual_seed(1)).double()
-        (out,), grads = forward_backward(f"{__file__}:in_real_numbers", given, options, (d_out,))
-        for got, want in zip((out, *grads), expected(given, options, d_out)):
-            torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
+        (out,), grads = forward_backward(TARGET, given, options, (d_out,))
+        shared.assert_close(NAMES, (out, *grads), expected(given, options, d_out), 1e-11)
 
 
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    assert survivors("corelib.kernels.diagonal_scan", f"{__file__}:check", limit=6) == []
+    assert shared.survivors("diagonal_scan", f"{__file__}:check", limit=6) == []

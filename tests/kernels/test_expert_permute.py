@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives.expert_permute import sort_by_expert
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 MODULE = "corelib.kernels.expert_permute"
 RUN = "corelib.kernels.gates.cases:forward_backward"
 
@@ -192,32 +196,15 @@ BAD = {
 }  # fmt: skip
 
 
-def refused(case):
-    """The message that the kernel refuses with, where the device is right."""
-    from corelib.kernels import expert_permute as kernels
-
-    name, change, error, _ = BAD[case]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    how = type(plan(4, 2, 3))(*(x.to(device) for x in plan(4, 2, 3)))
-    try:
-        getattr(kernels, name)(*change(normal(4, 6).to(device), how, normal(3, 6, 5).to(device)))
-    except error as problem:
-        return str(problem)
-
-
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(interpreter, case):
-    import re
-
-    assert re.search(BAD[case][3], interpreter.call(f"{__file__}:refused", case))
+    name, change, error, message = BAD[case]
+    args = change(normal(4, 6), plan(4, 2, 3), normal(3, 6, 5))
+    shared.assert_refused_where_it_runs(interpreter, f"{MODULE}:{name}", args, error, message)
 
 
 def test_the_device_is_named():
-    pytest.importorskip("triton")
-    from corelib.kernels.expert_permute import permute
-
-    with pytest.raises(ValueError, match="expected CUDA tensors"):
-        permute(normal(4, 6), *plan(4, 2, 3)[:2])
+    shared.assert_wants_cuda(f"{MODULE}:permute", (normal(4, 6), *plan(4, 2, 3)[:2]))
 
 
 def check():
@@ -255,7 +242,4 @@ def check():
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    assert survivors(MODULE, f"{__file__}:check", limit=8) == []
+    assert shared.survivors("expert_permute", f"{__file__}:check", limit=8) == []

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives import symmetric_taylor_features, taylor_features
+from corelib.testing import assert_same
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 RUN = "corelib.kernels.gates.cases:forward_backward"
 MODULE = "corelib.kernels.feature_maps"
 WANTED = {
@@ -28,8 +33,7 @@ def assert_equals(got, form, x, d_out, tolerance, **options):
     (d_wanted,) = torch.autograd.grad(wanted, leaf, d_out.double())
     assert out.dtype == d_x.dtype == x.dtype
     torch.testing.assert_close(out.double(), wanted, atol=tolerance, rtol=tolerance)
-    scale = max(1.0, d_wanted.abs().max().item())
-    torch.testing.assert_close(d_x.double(), d_wanted, atol=tolerance * scale, rtol=0)
+    assert_same(d_x, d_wanted, what="d_x", tolerance=tolerance)
 
 
 def run(interpreter, form, x, tolerance, **options):
@@ -77,13 +81,6 @@ def test_any_layout_and_nothing(interpreter):
     assert out.shape == (0, 5, 21) and d_x.shape == (0, 5, 4)
 
 
-def forward_backward(form, x, d_out):
-    from corelib.kernels import feature_maps
-
-    x.requires_grad_()
-    return torch.autograd.grad(getattr(feature_maps, form)(x), x, d_out)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_moves_the_least_there_is(interpreter, form):
     from corelib.kernels.feature_maps import feature_bytes
@@ -95,7 +92,7 @@ def test_moves_the_least_there_is(interpreter, form):
     forward, backward = feature_bytes(N, D, symmetric=form == FORMS[1])
     assert forward == 2 * (x.numel() + d_out.numel())
     assert count_io(f"{MODULE}:{form}", x).bytes_moved == forward
-    both = count_io(f"{__file__}:forward_backward", form, x, d_out)
+    both = count_io(RUN, f"{MODULE}:{form}", (x,), None, (d_out,))
     assert both.bytes_moved == forward + backward
 
 
@@ -110,29 +107,22 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(case):
-    pytest.importorskip("triton")
-    from corelib.kernels import feature_maps
-
     x, options, error, message = BAD[case]
-    with pytest.raises(error, match=message):
-        feature_maps.taylor_features(x, **options)
+    shared.assert_refused(f"{MODULE}:taylor_features", (x,), error, message, **options)
 
 
 def check():
     """What every mutant of the kernels has to get past."""
-    from corelib.kernels.gates import cases
+    from corelib.kernels.gates.cases import forward_backward
 
     for form in FORMS:
         x = random_input(70, 7)
         d_out = random_input(*WANTED[form](x).shape)
-        got = cases.forward_backward(f"{MODULE}:{form}", (x,), None, (d_out,))
+        got = forward_backward(f"{MODULE}:{form}", (x,), None, (d_out,))
         assert_equals(got, form, x, d_out, 2e-6)
 
 
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    assert survivors(MODULE, f"{__file__}:check", limit=12) == []
+    assert shared.survivors("feature_maps", f"{__file__}:check", limit=12) == []

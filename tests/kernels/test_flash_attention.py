@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import pathlib
 
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives import attention_reference
 from corelib.primitives.attention import visible_keys
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 FLASH = "corelib.kernels.flash_attention:flash_attention"
 VARLEN = "corelib.kernels.flash_attention:flash_attention_varlen"
 RUN = "corelib.kernels.gates.cases:forward_backward"
@@ -24,24 +27,11 @@ def random_inputs(B, H, G, L, S, D, V, dtype=torch.float32, seed=0):
 
 
 def expected(qkv, grads, **options):
-    """Outputs and gradients of the reference, in float64; empty rows pass no gradient on."""
-    qkv = [x.double().requires_grad_() for x in qkv]
-    out, lse = attention_reference(*qkv, **options, return_lse=True)
-    seen = lse > -torch.inf
-    total = (out * grads[0].double()).sum() + (lse[seen] * grads[1].double()[seen]).sum()
-    return [x.detach() for x in (out, lse, *torch.autograd.grad(total, qkv))]
-
-
-def with_nan_for_empty_rows(grads, lse):
-    """What comes back through the log-sum-exp of a row that sees no key must not matter."""
-    return grads[0], grads[1].masked_fill(lse == -torch.inf, float("nan"))
+    return shared.attention_with_gradients(attention_reference, qkv, grads, **options)
 
 
 def assert_all_close(got, wanted, tolerance=3e-6, names=("out", "lse", "dq", "dk", "dv")):
-    for name, x, y in zip(names, got, wanted, strict=True):
-        torch.testing.assert_close(
-            x.double(), y, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
+    shared.assert_close(names, got, wanted, tolerance)
 
 
 CASES = {
@@ -67,7 +57,7 @@ def test_equals_reference(interpreter, case):
     sizes, options = CASES[case]
     qkv, grads = random_inputs(*sizes)
     wanted = expected(qkv, grads, **options)
-    grads = with_nan_for_empty_rows(grads, wanted[1])
+    grads = shared.with_nan_for_empty_rows(grads, wanted[1])
     got = interpreter.call(RUN, FLASH, qkv, dict(**options, return_lse=True), grads)
     assert_all_close([*got[0], *got[1]], wanted)
 
@@ -103,8 +93,7 @@ def test_large_scores_do_not_overflow(interpreter):
     got = interpreter.call(f"{__file__}:large_scores", q, k, v)
     q, k, v = q.double(), k.double(), v.double()
     wanted = attention_reference(40 * q, 40 * k, v, causal=True, return_lse=True)
-    for x, y in zip(got, wanted, strict=True):
-        torch.testing.assert_close(x.double(), y, atol=1e-2, rtol=1e-4)
+    shared.assert_close(("out", "lse"), got, wanted, 1e-2, relative=1e-4)
 
 
 LENGTHS = (5, 0, 40, 1), (7, 4, 40, 0)
@@ -243,13 +232,9 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(case):
-    pytest.importorskip("triton")
-    from corelib.kernels.flash_attention import flash_attention
-
     change, error, message = BAD[case]
     qkv, _ = random_inputs(1, 4, 2, 3, 3, 16, 16)
-    with pytest.raises(error, match=message):
-        flash_attention(*change(*qkv), causal=True)
+    shared.assert_refused(FLASH, change(*qkv), error, message, causal=True)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +307,7 @@ def check_backward():
     ):
         qkv, grads = random_inputs(*sizes)
         wanted = expected(qkv, grads, **options)
-        grads = with_nan_for_empty_rows(grads, wanted[1])
+        grads = shared.with_nan_for_empty_rows(grads, wanted[1])
         got = forward_backward(FLASH, qkv, dict(**options, return_lse=True), grads)
         assert_all_close([*got[0], *got[1]], wanted)
     arguments, grads, wanted = packed_case(causal=True)
@@ -393,8 +378,5 @@ EQUIVALENT = {
 )
 def test_mutants_are_caught(module, check, limit):
     """A sample, spread over the source; ``limit=None`` runs them all in some minutes."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    name = f"corelib.kernels.{module}"
-    assert survivors(name, f"{__file__}:{check}", limit=limit, equivalent=EQUIVALENT[module]) == []
+    options = dict(limit=limit, equivalent=EQUIVALENT[module])
+    assert shared.survivors(module, f"{__file__}:{check}", **options) == []

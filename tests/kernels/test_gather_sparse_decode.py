@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives import gather_decode_reference
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 KERNEL = "corelib.kernels.gather_sparse_decode:gather_sparse_decode"
 RUN = "corelib.kernels.gates.cases:forward_backward"
 
@@ -40,10 +44,7 @@ def assert_decodes(interpreter, inputs, tolerance=3e-6, **options):
     (out, lse), _ = interpreter.call(RUN, KERNEL, inputs, dict(**options, return_lse=True))
     assert out.dtype == inputs[0].dtype and lse.dtype == torch.float32
     wanted = expected(*inputs, scale=options.get("scale"))
-    for name, x, y in zip(("out", "lse"), (out, lse), wanted, strict=True):
-        torch.testing.assert_close(
-            x.double(), y, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
+    shared.assert_close(("out", "lse"), (out, lse), wanted, tolerance)
 
 
 CASES = {
@@ -144,13 +145,9 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(case):
-    pytest.importorskip("triton")
-    from corelib.kernels.gather_sparse_decode import gather_sparse_decode
-
     change, options, error, message = BAD[case]
     inputs = change(random_inputs(1, 4, 2, 1, 20, 16, 16, 2, 5))
-    with pytest.raises(error, match=message):
-        gather_sparse_decode(*inputs, **options)
+    shared.assert_refused(KERNEL, inputs, error, message, **options)
 
 
 def check():
@@ -173,8 +170,7 @@ def check():
                 q, k, v, more[..., : n + 1], **options, scale=1.5, return_lse=True
             )
         wanted = expected(q, k, v, indices, scale=1.5)
-        for x, y in zip(got, wanted, strict=True):
-            torch.testing.assert_close(x.double(), y, atol=1e-5, rtol=1e-5)
+        shared.assert_close(("out", "lse"), got, wanted, 1e-5)
 
 
 EQUIVALENT = {
@@ -190,8 +186,5 @@ EQUIVALENT = {
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them in a minute."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    module = "corelib.kernels.gather_sparse_decode"
-    assert survivors(module, f"{__file__}:check", limit=10, equivalent=EQUIVALENT) == []
+    check = f"{__file__}:check"
+    assert shared.survivors("gather_sparse_decode", check, limit=10, equivalent=EQUIVALENT) == []

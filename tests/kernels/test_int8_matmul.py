@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives.hadamard import hadamard
 from corelib.primitives.quantise import int8_matmul_reference
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 RUN = "corelib.kernels.gates.cases:forward_backward"
-MATMUL = "corelib.kernels.int8_matmul:int8_matmul"
-ROTATE = "corelib.kernels.int8_matmul:hadamard_quantise"
+MODULE = "corelib.kernels.int8_matmul"
+MATMUL, ROTATE = f"{MODULE}:int8_matmul", f"{MODULE}:hadamard_quantise"
 
 
 def integers(*shape, seed=0):
@@ -129,33 +133,16 @@ BAD = {
 }
 
 
-def refused(case):
-    """The message that the kernel refuses with, where the device is right."""
-    from corelib.kernels import int8_matmul
-
-    name, change, _ = BAD[case]
-    given = integers(4, 4), rows(4, 4)
-    if torch.cuda.is_available():
-        given = [y.cuda() for y in given]
-    try:
-        getattr(int8_matmul, name)(*change(*given))
-    except (TypeError, ValueError) as problem:
-        return str(problem)
-
-
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(interpreter, case):
-    import re
-
-    assert re.search(BAD[case][2], interpreter.call(f"{__file__}:refused", case))
+    name, change, message = BAD[case]
+    args = change(integers(4, 4), rows(4, 4))
+    error = TypeError if case in ("dtype", "double") else ValueError
+    shared.assert_refused_where_it_runs(interpreter, f"{MODULE}:{name}", args, error, message)
 
 
 def test_the_device_is_named():
-    pytest.importorskip("triton")
-    from corelib.kernels.int8_matmul import int8_matmul
-
-    with pytest.raises(ValueError, match="expected CUDA tensors"):
-        int8_matmul(integers(1, 1), integers(1, 1))
+    shared.assert_wants_cuda(MATMUL, (integers(1, 1), integers(1, 1)))
 
 
 def check():
@@ -173,7 +160,4 @@ def check():
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    assert survivors("corelib.kernels.int8_matmul", f"{__file__}:check", limit=8) == []
+    assert shared.survivors("int8_matmul", f"{__file__}:check", limit=8) == []

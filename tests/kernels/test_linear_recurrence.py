@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives import linear_recurrence
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 SCAN = "corelib.kernels.linear_recurrence:linear_recurrence"
 RUN = "corelib.kernels.gates.cases:forward_backward"
 
@@ -36,10 +40,7 @@ def assert_equals_loop(interpreter, inputs, tolerance=1e-5, **more):
     got = interpreter.call(RUN, SCAN, qkv, options | more, grads)
     names = "out", "state", "dq", "dk", "dv", *(f"d{name}" for name in options)
     assert got[0][0].dtype == qkv[0].dtype and got[0][1].dtype == torch.float32
-    for name, x, y in zip(names, [*got[0], *got[1]], expected(*inputs, **more), strict=True):
-        torch.testing.assert_close(
-            x.double(), y, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
+    shared.assert_close(names, [*got[0], *got[1]], expected(*inputs, **more), tolerance)
 
 
 CASES = {
@@ -154,12 +155,9 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(case):
-    pytest.importorskip("triton")
-    from corelib.kernels.linear_recurrence import linear_recurrence as kernel
-
     change, options, error, message = BAD[case]
-    with pytest.raises(error, match=message):
-        kernel(*change(random_inputs(None, 3)[0]), **options)
+    qkv = change(random_inputs(None, 3)[0])
+    shared.assert_refused(SCAN, qkv, error, message, **options)
 
 
 def check():
@@ -177,11 +175,4 @@ def check():
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them in some minutes."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    module = "corelib.kernels.linear_recurrence"
-    assert survivors(module, f"{__file__}:check", limit=6, equivalent=EQUIVALENT) == []
-
-
-EQUIVALENT = {}
+    assert shared.survivors("linear_recurrence", f"{__file__}:check", limit=6) == []

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import pathlib
 
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives import rope_frequencies
 from corelib.serving.low_rank import KeyFactors, rebuild_keys
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 KERNEL = "corelib.kernels.low_rank_keys:low_rank_keys"
 RUN = "corelib.kernels.gates.cases:forward_backward"
 
@@ -129,12 +132,9 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(case):
-    pytest.importorskip("triton")
-    from corelib.kernels.low_rank_keys import low_rank_keys
-
     change, error, message = BAD[case]
-    with pytest.raises(error, match=message):
-        low_rank_keys(*change(random_inputs(1, 2, 10, 4, 8, 6)))
+    args = change(random_inputs(1, 2, 10, 4, 8, 6))
+    shared.assert_refused(KERNEL, args, error, message)
 
 
 def check():
@@ -161,8 +161,5 @@ EQUIVALENT = {
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    module = "corelib.kernels.low_rank_keys"
-    assert survivors(module, f"{__file__}:check", limit=10, equivalent=EQUIVALENT) == []
+    check = f"{__file__}:check"
+    assert shared.survivors("low_rank_keys", check, limit=10, equivalent=EQUIVALENT) == []

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
+from corelib.testing import assert_same
+
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 RUN = "corelib.kernels.gates.cases:forward_backward"
 CONV = "corelib.kernels.monarch_fft_conv:monarch_fft_conv"
 SPARSE = "corelib.kernels.monarch_fft_conv:sparse_conv"
@@ -48,10 +54,7 @@ def assert_equals(got, given, d_y, circle, tolerance=2e-6, kept=None):
     names = [n for n, x in zip(NAMES, [y, *given]) if x is not None]
     wanted = [x for x in expected(given, d_y, circle, kept) if x is not None]
     for name, x, want in zip(names, [y, *grads], wanted, strict=True):
-        scale = max(1.0, want.abs().max().item())
-        torch.testing.assert_close(
-            x.double(), want, atol=tolerance * scale, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        assert_same(x, want, what=name, tolerance=tolerance)
 
 
 CASES = {  # B, H, L, K, gates
@@ -250,14 +253,6 @@ def test_moves_less_than_calls_to_a_library():
     assert calls > 10 * forward_bytes(B, H, L, plan_of(L, 2 * L))
 
 
-def backward(u, kernel, in_gate, out_gate, d_y):
-    leaves = [x.requires_grad_() for x in (u, kernel, in_gate, out_gate) if x is not None]
-    from corelib.kernels.monarch_fft_conv import monarch_fft_conv
-
-    y = monarch_fft_conv(u, kernel, in_gate, out_gate)
-    return torch.autograd.grad(y, leaves, d_y)
-
-
 @pytest.mark.parametrize("gates", ["", "in out"])
 def test_backward_moves_the_bytes_that_it_says(interpreter, gates):
     from corelib.kernels._monarch_tables import plan_of
@@ -267,7 +262,7 @@ def test_backward_moves_the_bytes_that_it_says(interpreter, gates):
 
     given, d_y = inputs(2, 1, 100, 50, gates)
     plan, flags = plan_of(100, 256), dict(in_gate="in" in gates, out_gate="out" in gates)
-    count = count_io(f"{__file__}:backward", *given, d_y)
+    count = count_io(RUN, CONV, given, None, (d_y,))
     ahead = forward_bytes(2, 1, 100, plan, gates=len(gates.split()), itemsize=4)
     assert count.bytes_moved == ahead + backward_bytes(2, 1, 100, plan, **flags, itemsize=4)
 
@@ -298,24 +293,17 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(case):
-    pytest.importorskip("triton")
-    from corelib.kernels.monarch_fft_conv import monarch_fft_conv
-
     change, error, message = BAD[case]
-    with pytest.raises(error, match=message):
-        monarch_fft_conv(*change(inputs(2, 2, 9, 9, "in out")[0]))
+    args = change(inputs(2, 2, 9, 9, "in out")[0])
+    shared.assert_refused(CONV, args, error, message)
 
 
 def test_bad_sizes_are_named():
-    pytest.importorskip("triton")
-    from corelib.kernels.monarch_fft_conv import monarch_fft_conv, sparse_conv
-
-    u, kernel, *_ = inputs(1, 1, 300, 9)[0]
+    args = inputs(1, 1, 300, 9)[0][:2]
+    message = r"circle: expected one of \[256, 512\], at lea"
     for circle in (300, 256, 4096):
-        with pytest.raises(ValueError, match=r"circle: expected one of \[256, 512\], at lea"):
-            monarch_fft_conv(u, kernel, circle=circle)
-    with pytest.raises(ValueError, match="keep2: expected 1 to 16, got 17"):
-        sparse_conv(u, kernel, 4, 17)
+        shared.assert_refused(CONV, args, ValueError, message, circle=circle)
+    shared.assert_refused(SPARSE, (*args, 4, 17), ValueError, "keep2: expected 1 to 16, got 17")
 
 
 def check():
@@ -334,7 +322,4 @@ def check():
 @pytest.mark.parametrize("module", ["monarch_fft_conv", "monarch_fft_conv_backward"])
 def test_mutants_are_caught(module):
     """A sample; ``limit=None`` runs all of them."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    assert survivors(f"corelib.kernels.{module}", f"{__file__}:check", limit=7) == []
+    assert shared.survivors(module, f"{__file__}:check", limit=7) == []

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.state_space.pararnn import GRU, LSTM, newton_rnn, newton_trace, sequential_rnn
+from corelib.testing import assert_same
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 RUN = "corelib.kernels.gates.cases:forward_backward"
+KERNEL = "corelib.kernels.newton_rnn:newton_rnn"
 TARGET = f"{__file__}:by_kernel"
 CELLS = {"gru": GRU, "lstm": LSTM}
 
@@ -65,10 +71,8 @@ def test_states_and_gradients(interpreter, case):
     given = inputs(cell, *sizes)
     options, d_out = dict(cell=cell, iterations=iterations), seed_for(given)
     (out,), grads = interpreter.call(RUN, TARGET, given, options, (d_out,))
-    for name, got, want in zip(NAMES, (out, *grads), expected(cell, given, iterations, d_out)):
-        torch.testing.assert_close(
-            got, want, atol=1e-12, rtol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    wanted = expected(cell, given, iterations, d_out)
+    shared.assert_close(NAMES, (out, *grads), wanted, 1e-12)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -77,8 +81,7 @@ def test_float32(interpreter, cell):
     d_out = torch.ones_like(seed_for(given))
     (out,), grads = interpreter.call(RUN, TARGET, given, dict(cell=cell), (d_out,))
     assert out.dtype == torch.float32
-    for got, want in zip((out, *grads), expected(cell, given, 1, d_out)):
-        assert (got.double() - want).abs().max() < 1e-5 * max(1.0, want.abs().max().item())
+    assert_same((out, *grads), expected(cell, given, 1, d_out), tolerance=1e-5)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -98,8 +101,7 @@ def test_saturated_gates(interpreter, cell):
     given = [100 * x, weights, state]
     d_out = seed_for(given)
     (out,), grads = interpreter.call(RUN, TARGET, given, dict(cell=cell), (d_out,))
-    for got, want in zip((out, *grads), expected(cell, given, 1, d_out)):
-        torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+    shared.assert_close(NAMES, (out, *grads), expected(cell, given, 1, d_out), 1e-12)
 
 
 def through_strides(x, weights, state, cell):
@@ -124,12 +126,6 @@ def test_nothing_to_do(interpreter, cell, sizes):
     assert out.shape == d_out.shape and not any(y.any() for y in grads)
 
 
-def with_gradient(x, weights, state, cell):
-    leaves = [y.requires_grad_() for y in (x, weights, state)]
-    out = by_kernel(*leaves, cell)
-    return torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-
 @pytest.mark.parametrize("cell", CELLS)
 def test_moves_the_bytes_that_it_says(interpreter, cell):
     from corelib.kernels.newton_rnn import forward_bytes
@@ -138,7 +134,7 @@ def test_moves_the_bytes_that_it_says(interpreter, cell):
 
     given = inputs(cell, 1, 18, 3, dtype=torch.float32)
     forward = count_io(TARGET, *given, cell).bytes_moved
-    both = count_io(f"{__file__}:with_gradient", *given, cell).bytes_moved
+    both = count_io(RUN, TARGET, (*given, cell), None, (seed_for(given),)).bytes_moved
     assert forward == forward_bytes(cell, 1, 18, 3, iterations=1)
     assert both == forward + backward_bytes(cell, 1, 18, 3)
 
@@ -166,35 +162,15 @@ BAD = {
 }  # fmt: skip
 
 
-def refused(case):
-    """The message that the kernel refuses with, where the device is right."""
-    from corelib.kernels.newton_rnn import newton_rnn
-
-    given = inputs("gru", 1, 5, 2)
-    if torch.cuda.is_available():
-        given = [y.cuda() for y in given]
-    change, error, _ = BAD[case]
-    arguments, options = change(*given)
-    try:
-        newton_rnn(*arguments, **options)
-    except error as problem:
-        return str(problem)
-
-
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(interpreter, case):
-    import re
-
-    assert re.search(BAD[case][2], interpreter.call(f"{__file__}:refused", case))
+    change, error, message = BAD[case]
+    args, options = change(*inputs("gru", 1, 5, 2))
+    shared.assert_refused_where_it_runs(interpreter, KERNEL, args, error, message, **options)
 
 
 def test_the_device_is_named():
-    pytest.importorskip("triton")
-    from corelib.kernels.newton_rnn import newton_rnn
-
-    x, weights, _ = inputs("gru", 1, 1, 1)
-    with pytest.raises(ValueError, match="expected CUDA tensors"):
-        newton_rnn("gru", x, weights)
+    shared.assert_wants_cuda(KERNEL, ("gru", *inputs("gru", 1, 1, 1)[:2]))
 
 
 def check():
@@ -205,15 +181,11 @@ def check():
         given = inputs(cell, *sizes)
         options, d_out = dict(cell=cell, iterations=1), seed_for(given)
         (out,), grads = forward_backward(TARGET, given, options, (d_out,))
-        for got, want in zip((out, *grads), expected(cell, given, 1, d_out)):
-            torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
+        shared.assert_close(NAMES, (out, *grads), expected(cell, given, 1, d_out), 1e-11)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["newton_rnn", "newton_rnn_backward"])
 def test_mutants_are_caught(module):
     """A sample; ``limit=None`` runs all of them."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    assert survivors(f"corelib.kernels.{module}", f"{__file__}:check", limit=3) == []
+    assert shared.survivors(module, f"{__file__}:check", limit=3) == []

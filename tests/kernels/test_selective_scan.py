@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives import selective_scan_reference
+from corelib.testing import assert_same
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 RUN = "corelib.kernels.gates.cases:forward_backward"
+KERNEL = "corelib.kernels.selective_scan:selective_scan"
 TARGET = f"{__file__}:both"
 
 
@@ -62,10 +68,7 @@ def test_outputs_and_gradients(interpreter, case, dtype):
     tolerance = 1e-11 if dtype == torch.float64 else 1e-5
     for name, got, want in zip(NAMES, (out, *grads), expected(given, d_out), strict=True):
         assert got.dtype == dtype
-        scale = max(1.0, want.abs().max().item())
-        torch.testing.assert_close(
-            got.double(), want, atol=tolerance * scale, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        assert_same(got, want, what=name, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("strongest", [0.0, 1e6])
@@ -73,8 +76,7 @@ def test_no_decay_and_total_decay(interpreter, strongest):
     given = inputs(1, 2, 70, 1, strongest=strongest)
     d_out = weights(given)
     (out,), grads = interpreter.call(RUN, TARGET, given, None, (d_out,))
-    for got, want in zip((out, *grads), expected(given, d_out), strict=True):
-        torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+    shared.assert_close(NAMES, (out, *grads), expected(given, d_out), 1e-9)
 
 
 def through_strides(u, dt, A, B, C, state):
@@ -108,18 +110,13 @@ def test_moves_the_bytes_that_it_says(interpreter):
     assert count.bytes_moved < 4 * 2 * 2 * 5 * 70 * 2  # decays and states, written and read
 
 
-def with_gradient(u, dt, A, B, C, state):
-    leaves = [x.requires_grad_() for x in (u, dt, A, B, C, state)]
-    out = both(*leaves)
-    return torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-
 def test_backward_moves_the_bytes_that_it_says(interpreter):
     from corelib.kernels.selective_scan import backward_bytes, forward_bytes
     from corelib.measure import count_io
 
     sizes = (1, 5, 70, 2)
-    count = count_io(f"{__file__}:with_gradient", *inputs(*sizes, dtype=torch.float32))
+    given = inputs(*sizes, dtype=torch.float32)
+    count = count_io(RUN, TARGET, given, None, (weights(given),))
     assert count.bytes_moved == forward_bytes(*sizes) + backward_bytes(*sizes)
 
 
@@ -131,26 +128,13 @@ BAD = {
 }
 
 
-def refused(case):
-    """The message that the kernel refuses with, where the device is right."""
-    from corelib.kernels.selective_scan import selective_scan
-
-    given = inputs(1, 2, 5, 4)
-    if torch.cuda.is_available():
-        given = [x.cuda() for x in given]
-    place, change, _ = BAD[case]
-    given[place] = change(given[place])
-    try:
-        selective_scan(*given)
-    except (TypeError, ValueError) as problem:
-        return str(problem)
-
-
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(interpreter, case):
-    import re
-
-    assert re.search(BAD[case][2], interpreter.call(f"{__file__}:refused", case))
+    place, change, message = BAD[case]
+    given = inputs(1, 2, 5, 4)
+    given[place] = change(given[place])
+    error = TypeError if case == "dtype" else ValueError
+    shared.assert_refused_where_it_runs(interpreter, KERNEL, given, error, message)
 
 
 def test_the_primitive_through_this_kernel(interpreter, monkeypatch):
@@ -196,14 +180,10 @@ def check():
     d_out = weights(leaves)
     out = torch.cat([x.flatten() for x in selective_scan(*leaves)])
     grads = torch.autograd.grad(out, leaves, d_out)
-    for got, want in zip((out, *grads), expected(leaves, d_out), strict=True):
-        torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
+    shared.assert_close(NAMES, (out, *grads), expected(leaves, d_out), 1e-10)
 
 
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    assert survivors("corelib.kernels.selective_scan", f"{__file__}:check", limit=8) == []
+    assert shared.survivors("selective_scan", f"{__file__}:check", limit=8) == []

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives import selective_scan_reference
+from corelib.testing import assert_same
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 RUN = "corelib.kernels.gates.cases:forward_backward"
 TARGET = "corelib.kernels.selective_scan_int8:int8_selective_scan"
 SCALES = dict(u=0.02, dt=0.03, B=0.015, C=0.01, z=0.025)
@@ -42,8 +47,7 @@ def expected(given):
 def agrees(given, y, last):
     for got, want in zip((y, last), expected(given)):
         assert got.dtype == torch.float32
-        scale = max(1.0, want.abs().max().item()) if want.numel() else 1.0
-        torch.testing.assert_close(got.double(), want, atol=2e-5 * scale, rtol=0)
+        assert_same(got, want, tolerance=2e-5)
 
 
 SIZES = [(1, 1, 1, 1), (2, 3, 63, 1), (1, 4, 64, 2), (1, 5, 100, 1), (1, 2, 0, 2), (0, 2, 5, 2)]
@@ -110,25 +114,13 @@ BAD = {
 }
 
 
-def refused(case):
-    """The message that the kernel refuses with, where the device is right."""
-    from corelib.kernels.selective_scan_int8 import int8_selective_scan
-
-    given = inputs(1, 2, 5, 4)
-    given = [*(x.cuda() if torch.cuda.is_available() else x for x in given), SCALES]
-    place, change, _ = BAD[case]
-    given[place] = change(given[place])
-    try:
-        int8_selective_scan(*given)
-    except (TypeError, ValueError) as problem:
-        return str(problem)
-
-
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(interpreter, case):
-    import re
-
-    assert re.search(BAD[case][2], interpreter.call(f"{__file__}:refused", case))
+    place, change, message = BAD[case]
+    given = [*inputs(1, 2, 5, 4), SCALES]
+    given[place] = change(given[place])
+    error = TypeError if case in ("dtype", "float") else ValueError
+    shared.assert_refused_where_it_runs(interpreter, TARGET, given, error, message)
 
 
 def check():
@@ -144,7 +136,4 @@ def check():
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    assert survivors("corelib.kernels.selective_scan_int8", f"{__file__}:check", limit=6) == []
+    assert shared.survivors("selective_scan_int8", f"{__file__}:check", limit=6) == []

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives.spiking_scan import spiking_scan_reference
+from corelib.testing import assert_same
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 RUN = "corelib.kernels.gates.cases:forward_backward"
 TARGET = "corelib.kernels.spiking_scan:spiking_scan"
+NAMES = ("spikes", "membrane", "d_x", "d_state")
 
 
 def inputs(B, L, C, dtype=torch.float64):
@@ -46,11 +52,8 @@ def test_spikes_and_gradients(interpreter, case):
     x, state = inputs(*sizes)
     d_out = seeds(x, state)
     out, grads = interpreter.call(RUN, TARGET, (x,), dict(state=state, **options), tuple(d_out))
-    names = ("spikes", "membrane", "d_x", "d_state")
-    for name, got, want in zip(names, (*out, *grads), expected((x, state), options, d_out)):
-        torch.testing.assert_close(
-            got, want, atol=1e-12, rtol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    wanted = expected((x, state), options, d_out)
+    shared.assert_close(NAMES, (*out, *grads), wanted, 1e-12, relative=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -62,8 +65,7 @@ def test_other_dtypes(interpreter, dtype):
     assert all(y.dtype == dtype for y in (*out, *grads))
     assert torch.equal(out[0].double(), wanted[0])
     tolerance = 1e-5 if dtype == torch.float32 else 5e-3
-    for got, want in zip((*out, *grads), wanted):
-        assert (got.double() - want).abs().max() < tolerance * max(1.0, want.abs().max().item())
+    assert_same((*out, *grads), wanted, tolerance=tolerance)
 
 
 def from_rest(x):
@@ -103,22 +105,14 @@ def test_nothing_to_do(interpreter, sizes):
     assert torch.equal(after, state) and torch.equal(d_state, d_out[1])
 
 
-def trained(x, state):
-    from corelib.kernels.spiking_scan import spiking_scan
-
-    leaves = [y.requires_grad_() for y in (x, state)]
-    out = spiking_scan(leaves[0], state=leaves[1])
-    return torch.autograd.grad(out, leaves, [torch.ones_like(y) for y in out])
-
-
 def test_moves_no_more_than_it_has_to(interpreter):
     from corelib.kernels.spiking_scan import backward_bytes, forward_bytes
     from corelib.measure import count_io
 
-    given = inputs(1, 34, 3, torch.float32)
-    count = count_io(TARGET, given[0], state=given[1])
+    x, state = inputs(1, 34, 3, torch.float32)
+    count = count_io(TARGET, x, state=state)
     assert count.bytes_moved == forward_bytes(1, 34, 3, keep=False)
-    count = count_io(f"{__file__}:trained", *given)
+    count = count_io(RUN, TARGET, (x,), dict(state=state), seeds(x, state))
     assert count.bytes_moved == forward_bytes(1, 34, 3) + backward_bytes(1, 34, 3)
 
 
@@ -140,34 +134,15 @@ BAD = {
 }
 
 
-def refused(case):
-    """The message that the kernel refuses with, where the device is right."""
-    from corelib.kernels.spiking_scan import spiking_scan
-
-    given = inputs(2, 5, 3)
-    if torch.cuda.is_available():
-        given = [y.cuda() for y in given]
-    change, error, _ = BAD[case]
-    arguments, options = change(*given)
-    try:
-        spiking_scan(*arguments, **options)
-    except error as problem:
-        return str(problem)
-
-
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(interpreter, case):
-    import re
-
-    assert re.search(BAD[case][2], interpreter.call(f"{__file__}:refused", case))
+    change, error, message = BAD[case]
+    args, options = change(*inputs(2, 5, 3))
+    shared.assert_refused_where_it_runs(interpreter, TARGET, args, error, message, **options)
 
 
 def test_the_device_is_named():
-    pytest.importorskip("triton")
-    from corelib.kernels.spiking_scan import spiking_scan
-
-    with pytest.raises(ValueError, match="expected CUDA tensors"):
-        spiking_scan(inputs(1, 1, 1)[0])
+    shared.assert_wants_cuda(TARGET, inputs(1, 1, 1)[:1])
 
 
 def check():
@@ -180,14 +155,11 @@ def check():
         x, state = inputs(*sizes)
         d_out = seeds(x, state)
         out, grads = forward_backward(TARGET, (x,), dict(state=state, **options), d_out)
-        for got, want in zip((*out, *grads), expected((x, state), options, d_out)):
-            torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
+        wanted = expected((x, state), options, d_out)
+        shared.assert_close(NAMES, (*out, *grads), wanted, 1e-11)
 
 
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    assert survivors("corelib.kernels.spiking_scan", f"{__file__}:check", limit=6) == []
+    assert shared.survivors("spiking_scan", f"{__file__}:check", limit=6) == []

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
 from corelib.foundations.lean_attention import fixed_split_schedule, stream_k_schedule
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives import attention_reference
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 SPLIT = "corelib.kernels.split_kv_decode:split_kv_decode"
 STREAM = "corelib.kernels.split_kv_decode:stream_k_decode"
 RUN = "corelib.kernels.gates.cases:forward_backward"
@@ -41,10 +45,7 @@ def assert_decodes(interpreter, target, inputs, tolerance=3e-6, **options):
     (out, lse), _ = interpreter.call(RUN, target, inputs, dict(**options, return_lse=True))
     assert out.dtype == inputs[0].dtype and lse.dtype == torch.float32
     wanted = expected(*inputs, scale=options.get("scale"))
-    for name, x, y in zip(("out", "lse"), (out, lse), wanted, strict=True):
-        torch.testing.assert_close(
-            x.double(), y, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
+    shared.assert_close(("out", "lse"), (out, lse), wanted, tolerance)
 
 
 CASES = {
@@ -134,8 +135,7 @@ def test_large_scores_do_not_overflow(interpreter):
     q, k, v, lengths = random_inputs([40], 1, 1, 1, 40, 16, 16)
     got = interpreter.call(f"{__file__}:large_scores", q, k, v)
     wanted = expected(40 * q, 40 * k, v, lengths)
-    for x, y in zip(got, wanted, strict=True):
-        torch.testing.assert_close(x.double(), y, atol=1e-2, rtol=1e-4)
+    shared.assert_close(("out", "lse"), got, wanted, 1e-2, relative=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -197,13 +197,9 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(case):
-    pytest.importorskip("triton")
-    from corelib.kernels.split_kv_decode import split_kv_decode
-
     change, options, error, message = BAD[case]
     inputs = change(random_inputs([3, 2], 4, 2, 1, 3, 8, 8))
-    with pytest.raises(error, match=message):
-        split_kv_decode(*inputs, **options)
+    shared.assert_refused(SPLIT, inputs, error, message, **options)
 
 
 def check():
@@ -220,8 +216,7 @@ def check():
         inputs = random_inputs(*sizes)
         with poisoned():
             got = decode(*inputs, **options, scale=1.5, return_lse=True)
-        for x, y in zip(got, expected(*inputs, scale=1.5), strict=True):
-            torch.testing.assert_close(x.double(), y, atol=1e-5, rtol=1e-5)
+        shared.assert_close(("out", "lse"), got, expected(*inputs, scale=1.5), 1e-5)
 
 
 _PADDING = "the workspace's padding rows are never read"
@@ -238,8 +233,5 @@ EQUIVALENT = {
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them in some minutes."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    module = "corelib.kernels.split_kv_decode"
-    assert survivors(module, f"{__file__}:check", limit=8, equivalent=EQUIVALENT) == []
+    check = f"{__file__}:check"
+    assert shared.survivors("split_kv_decode", check, limit=8, equivalent=EQUIVALENT) == []

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives import ssd_reference
+from corelib.testing import assert_same
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 RUN = "corelib.kernels.gates.cases:forward_backward"
 SSD = "corelib.kernels.ssd:ssd"
 NAMES = "y", "last", "d_values", "d_log_decay", "d_B", "d_C", "d_state"
@@ -36,10 +41,7 @@ def assert_equals_loop(got, given, grads, tolerance):
     assert got[0][0].dtype == given[0].dtype and got[0][1].dtype == torch.float32
     wanted = expected(given, grads)
     for name, x, y in zip(NAMES, [*got[0], *got[1]], wanted, strict=True):
-        scale = max(1.0, y.abs().max().item())
-        torch.testing.assert_close(
-            x.double(), y, atol=tolerance * scale, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        assert_same(x, y, what=name, tolerance=tolerance)
 
 
 CASES = {  # batch, H, G, L, K, V
@@ -173,23 +175,16 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(case):
-    pytest.importorskip("triton")
-    from corelib.kernels.ssd import ssd
-
     place, change, error, message = BAD[case]
     given, _ = inputs(1, 2, 1, 3, 4, 5)
     given[place] = change(given[place])
-    with pytest.raises(error, match=message):
-        ssd(*given)
+    shared.assert_refused(SSD, given, error, message)
 
 
 @pytest.mark.parametrize("chunk, message", [(40, "chunk: .* of 16"), (64, "expected CUDA tensors")])
 def test_bad_chunk_and_device(chunk, message):
-    pytest.importorskip("triton")
-    from corelib.kernels.ssd import ssd
-
-    with pytest.raises(ValueError, match=message):
-        ssd(*inputs(1, 2, 1, 3, 4, 5)[0], chunk=chunk)
+    given, _ = inputs(1, 2, 1, 3, 4, 5)
+    shared.assert_refused(SSD, given, ValueError, message, chunk=chunk)
 
 
 def check():
@@ -205,12 +200,4 @@ def check():
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    assert (
-        survivors("corelib.kernels.ssd", f"{__file__}:check", limit=6, equivalent=EQUIVALENT) == []
-    )
-
-
-EQUIVALENT = {}
+    assert shared.survivors("ssd", f"{__file__}:check", limit=6) == []

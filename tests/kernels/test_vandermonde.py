@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.state_space.vandermonde import vandermonde_sums_reference
+from corelib.testing import assert_same
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 RUN = "corelib.kernels.gates.cases:forward_backward"
+KERNEL = "corelib.kernels.vandermonde:vandermonde_sums"
 TARGET = f"{__file__}:in_real_numbers"
+NAMES = ("sums", "d_weights", "d_rates")
 
 
 def in_real_numbers(weights, rates, taps):
@@ -55,12 +62,8 @@ def test_sums_and_gradients(interpreter, case, dtype):
     (out,), (d_weights, d_rates, _) = interpreter.call(RUN, TARGET, given, None, (d_out,))
     assert out.dtype == d_weights.dtype == d_rates.dtype == dtype
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
-    names = ("sums", "d_weights", "d_rates")
-    for name, got, want in zip(names, (out, d_weights, d_rates), expected(given, d_out)):
-        scale = max(1.0, want.abs().max().item())
-        torch.testing.assert_close(
-            got.double(), want, atol=tolerance * scale, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    for name, got, want in zip(NAMES, (out, d_weights, d_rates), expected(given, d_out)):
+        assert_same(got, want, what=name, tolerance=tolerance)
 
 
 def test_float32_keeps_its_digits_at_large_angles(interpreter):
@@ -138,17 +141,12 @@ def test_moves_no_more_than_it_has_to(interpreter):
     assert count.bytes_moved < 8 * 2 * 16 * 300  # all powers, written once
 
 
-def with_gradient(weights, rates, taps):
-    leaves = [x.requires_grad_() for x in (weights, rates)]
-    out = in_real_numbers(*leaves, taps)
-    return torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-
 def test_backward_moves_no_more_than_it_has_to(interpreter):
     from corelib.kernels.vandermonde import backward_bytes, forward_bytes
     from corelib.measure import count_io
 
-    count = count_io(f"{__file__}:with_gradient", *inputs(2, 16, 130, dtype=torch.float32))
+    given = inputs(2, 16, 130, dtype=torch.float32)
+    count = count_io(RUN, TARGET, given, None, (torch.ones(2, 130),))
     assert count.bytes_moved == forward_bytes(2, 16, 130) + backward_bytes(2, 16, 130)
 
 
@@ -178,34 +176,16 @@ BAD = {
 }  # fmt: skip
 
 
-def refused(case):
-    """The message that the kernel refuses with, where the device is right."""
-    from corelib.kernels.vandermonde import vandermonde_sums
-
-    given = [torch.view_as_complex(x) for x in inputs(3, 4, 5)[:2]]
-    if torch.cuda.is_available():
-        given = [x.cuda() for x in given]
-    change, error, _ = BAD[case]
-    try:
-        vandermonde_sums(*change(*given, 5))
-    except error as problem:
-        return str(problem)
-
-
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(interpreter, case):
-    import re
-
-    assert re.search(BAD[case][2], interpreter.call(f"{__file__}:refused", case))
+    change, error, message = BAD[case]
+    args = change(*map(torch.view_as_complex, inputs(3, 4, 5)[:2]), 5)
+    shared.assert_refused_where_it_runs(interpreter, KERNEL, args, error, message)
 
 
 def test_the_device_is_named():
-    pytest.importorskip("triton")
-    from corelib.kernels.vandermonde import vandermonde_sums
-
-    weights, rates = (torch.view_as_complex(x) for x in inputs(1, 1, 1)[:2])
-    with pytest.raises(ValueError, match="expected CUDA tensors"):
-        vandermonde_sums(weights, rates, 1)
+    args = (*map(torch.view_as_complex, inputs(1, 1, 1)[:2]), 1)
+    shared.assert_wants_cuda(KERNEL, args)
 
 
 def check():
@@ -217,15 +197,12 @@ def check():
         C, _, L = sizes
         generator = torch.Generator().manual_seed(1)
         d_out = torch.randn(C, L, generator=generator, dtype=torch.float64)
-        (out,), grads = forward_backward(f"{__file__}:in_real_numbers", given, None, (d_out,))
-        for got, want in zip((out, *grads[:2]), expected(given, d_out)):
-            torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-11)
+        (out,), grads = forward_backward(TARGET, given, None, (d_out,))
+        wanted = expected(given, d_out)
+        shared.assert_close(NAMES, (out, *grads[:2]), wanted, 1e-10, relative=1e-11)
 
 
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; ``limit=None`` runs all of them."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    assert survivors("corelib.kernels.vandermonde", f"{__file__}:check", limit=8) == []
+    assert shared.survivors("vandermonde", f"{__file__}:check", limit=8) == []

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 
+from corelib.kernels.gates.interpreter import load_file
 from corelib.primitives.vertical_slash import kept_keys, vertical_slash_attention_reference
 
+shared = load_file(str(pathlib.Path(__file__).with_name("shared.py")))
 VERTICAL_SLASH = "corelib.kernels.vertical_slash_attention:vertical_slash_attention"
 RUN = "corelib.kernels.gates.cases:forward_backward"
 
@@ -25,10 +29,7 @@ def expected(case, **options):
 
 
 def assert_all_close(got, wanted, tolerance=3e-6):
-    for name, x, y in zip(("out", "lse"), got, wanted, strict=True):
-        torch.testing.assert_close(
-            x.double(), y, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
+    shared.assert_close(("out", "lse"), got, wanted, tolerance)
 
 
 CASES = {
@@ -110,12 +111,9 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(case):
-    pytest.importorskip("triton")
-    from corelib.kernels.vertical_slash_attention import vertical_slash_attention
-
     change, options, message = BAD[case]
-    with pytest.raises(ValueError, match=message):
-        vertical_slash_attention(*change(random_case(1, 2, 1, 8, 8, 16, 16)), **options)
+    args = change(random_case(1, 2, 1, 8, 8, 16, 16))
+    shared.assert_refused(VERTICAL_SLASH, args, ValueError, message, **options)
 
 
 def check():
@@ -140,8 +138,4 @@ def check():
 @pytest.mark.slow
 def test_mutants_are_caught():
     """A sample; of all, one lives: ``<`` for the columns, which lie before their block anyway."""
-    pytest.importorskip("triton")
-    from corelib.kernels.gates.mutants import survivors
-
-    module = "corelib.kernels.vertical_slash_attention"
-    assert survivors(module, f"{__file__}:check", limit=6) == []
+    assert shared.survivors("vertical_slash_attention", f"{__file__}:check", limit=6) == []
