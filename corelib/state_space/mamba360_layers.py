@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from corelib.primitives import diagonal_scan, fft_conv
 
-from .s4 import S4State
+from .s4_state import S4State
 from .s4d import S4D
 from .survey_layers import ByForward, Sequence
 from .vandermonde import vandermonde_moments, vandermonde_sums

@@ -31,12 +31,10 @@ Oracles: ``scipy.signal`` (``cont2discrete``, ``lfilter``), dense matrix powers 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
-from torch.utils._pytree import register_pytree_node
 
 from corelib.primitives.fft_conv import fft_conv, two_sided_fft_conv
 
@@ -55,6 +53,7 @@ from .dplr import (
     to_real,
     to_tilde,
 )
+from .s4_state import S4State, check_input
 from .shared import Dplr, dplr_legs, parameter_groups  # noqa: F401  (what a user of S4 wants here)
 
 Row = Complex[Tensor, "C P"]
@@ -110,27 +109,6 @@ def s4_kernel_untied(
 
 
 # --- the layer ------------------------------------------------------------------------------------
-
-
-class S4State:
-    """The state ``x (B, C, N/2)``, complex, behind a stretch of inputs.
-
-    Worked out when first asked for: it costs about twice the outputs, and training drops it.
-    ``form`` is what steps need; it belongs to the parameters at the time it was made.
-    """
-
-    def __init__(self, make: Callable[[], Tensor], form: StepForm | None = None):
-        self._make, self._x, self.form = make, None, form
-
-    @property
-    def x(self) -> Complex[Tensor, "B C P"]:
-        if self._x is None:
-            self._x, self._make = self._make(), None
-        return self._x
-
-
-# so that probes can count and perturb the states of S4 and S4D like any others
-register_pytree_node(S4State, lambda state: ([state.x], None), lambda xs, _: S4State(lambda: xs[0]))
 
 
 class S4(nn.Module):
@@ -209,7 +187,7 @@ class S4(nn.Module):
         self, x: Float[Tensor, "B L C"], state: S4State | None = None
     ) -> tuple[Float[Tensor, "B L C"], S4State]:
         """A stretch as a convolution; ``state`` is what an earlier stretch or step returned."""
-        _check_input(x, ("B", "L"), self)
+        check_input(x, ("B", "L"), self)
         u = x.transpose(1, 2)
         kernel = self.kernel(x.shape[1])
         first = kernel[:, :1] + self.skip[:, None]  # the skip connection is one more tap at lag 0
@@ -229,7 +207,7 @@ class S4(nn.Module):
         self, x_t: Float[Tensor, "B C"], state: S4State
     ) -> tuple[Float[Tensor, "B C"], S4State]:
         """One position as a recurrence."""
-        _check_input(x_t, ("B",), self)
+        check_input(x_t, ("B",), self)
         form = state.form or self.step_form()
         x, y = dplr_step(form, state.x, x_t)
         return y + self.skip * x_t, S4State(lambda: x, form)
@@ -250,7 +228,7 @@ class TwoSidedS4(nn.Module):
         del self.future.skip  # the input itself is added once
 
     def forward(self, x: Float[Tensor, "B L C"]) -> Float[Tensor, "B L C"]:
-        _check_input(x, ("B", "L"), self.past)
+        check_input(x, ("B", "L"), self.past)
         past, future = self.past.kernel(x.shape[1]), self.future.kernel(x.shape[1])
         y = two_sided_fft_conv(x.transpose(1, 2), past, future)
         return y.transpose(1, 2) + self.past.skip * x
@@ -292,12 +270,3 @@ def example() -> dict:
     system = Dplr(*(x.expand(2, -1) for x in dplr_legs(4)))
     C = torch.tensor([[1 - 1j, 0.5j], [0.25, 1]], dtype=torch.complex128)
     return dict(u=u, system=system, C=C, step=torch.tensor([0.1, 0.5], dtype=torch.float64))
-
-
-def _check_input(x: Tensor, axes: tuple[str, ...], layer: S4) -> None:
-    if x.dim() != len(axes) + 1 or x.shape[-1] != layer.channels:
-        raise ValueError(
-            f"x: expected ({', '.join(axes)}, {layer.channels}), got shape {tuple(x.shape)}"
-        )
-    if x.dtype != layer.log_step.dtype:
-        raise TypeError(f"x: expected the layer's dtype, {layer.log_step.dtype}, got {x.dtype}")

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from corelib.primitives.discretise import zero_order_hold_diagonal
 from corelib.primitives.fft_conv import fft_conv
 
-from .s4 import S4State
+from .s4_state import S4State, check_input
 from .shared import dplr_legs
 from .vandermonde import vandermonde_moments, vandermonde_sums
 
@@ -142,7 +142,7 @@ class S4D(nn.Module):
         self, x: Float[Tensor, "B L C"], state: S4State | None = None
     ) -> tuple[Float[Tensor, "B L C"], S4State]:
         """A stretch as a convolution; ``state`` is what an earlier stretch or step returned."""
-        _check_input(x, ("B", "L"), self)
+        check_input(x, ("B", "L"), self)
         u, L = x.transpose(1, 2), x.shape[1]
         rates, decay, enter, C = self.discrete()
         kernel = vandermonde_sums(C * enter, rates, L)
@@ -160,7 +160,7 @@ class S4D(nn.Module):
         self, x_t: Float[Tensor, "B C"], state: S4State
     ) -> tuple[Float[Tensor, "B C"], S4State]:
         """One position as a recurrence."""
-        _check_input(x_t, ("B",), self)
+        check_input(x_t, ("B",), self)
         _, decay, enter, C = self.discrete()
         x = decay * state.x + enter * x_t[..., None]
         return 2 * (C * x).real.sum(-1) + self.skip * x_t, S4State(lambda: x)
@@ -178,12 +178,3 @@ def _state_after(u: Tensor, rates: Tensor, enter: Tensor, start: Tensor | None) 
 
 def _parameter(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value.to(torch.get_default_dtype()).clone())
-
-
-def _check_input(x: Tensor, axes: tuple[str, ...], layer: S4D) -> None:
-    if x.dim() != len(axes) + 1 or x.shape[-1] != layer.channels:
-        raise ValueError(
-            f"x: expected ({', '.join(axes)}, {layer.channels}), got shape {tuple(x.shape)}"
-        )
-    if x.dtype != layer.log_step.dtype:
-        raise TypeError(f"x: expected the layer's dtype, {layer.log_step.dtype}, got {x.dtype}")

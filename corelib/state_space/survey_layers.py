@@ -37,7 +37,7 @@ from corelib.primitives import (
 
 from .dplr import final_state, free_outputs, krylov
 from .mamba import MambaBlock
-from .s4 import S4State
+from .s4_state import S4State
 from .s4d import S4D
 from .shared import hippo_legs
 
