@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from corelib.primitives.discretise import bilinear
 
 from .dplr import StepForm, dense_form, krylov, output_row, step_form, to_pairs, to_real
-from .s4 import S4, s4_kernel_untied
+from .dplr_kernel import s4_kernel_untied
+from .s4 import S4
 from .shared import Dplr, Pairs
 
 

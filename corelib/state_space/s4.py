@@ -25,6 +25,7 @@ state is not in the paper; `dplr.final_state` and `dplr.free_outputs` give it). 
 authors' later code, ``Q = P`` and ``poles.real = -exp(...)``, so that no training step can make the
 system unstable. Left out: dropout, and sharing A and B between channels.
 Cost, with ``N`` the state: ``O(N L + L log L)`` time a channel for a stretch, ``O(N)`` for a step.
+The recurrence and both kernels as functions: `corelib.state_space.dplr_kernel`.
 Oracles: ``scipy.signal`` (``cont2discrete``, ``lfilter``), dense matrix powers in float64.
 """
 
@@ -33,12 +34,11 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from corelib.primitives.fft_conv import fft_conv, two_sided_fft_conv
 
-from .cauchy import cauchy_sums
 from .dplr import (
     StepForm,
     discrete_form,
@@ -53,62 +53,9 @@ from .dplr import (
     to_real,
     to_tilde,
 )
+from .dplr_kernel import s4_kernel, s4_kernel_reference, s4_reference  # noqa: F401
 from .s4_state import S4State, check_input
 from .shared import Dplr, dplr_legs, parameter_groups  # noqa: F401  (what a user of S4 wants here)
-
-Row = Complex[Tensor, "C P"]
-Steps = Float[Tensor, " C"]
-
-# --- the reference --------------------------------------------------------------------------------
-
-
-def s4_reference(
-    u: Float[Tensor, "B C L"], system: Dplr, C: Row, step: Steps, start: Tensor | None = None
-) -> tuple[Float[Tensor, "B C L"], Complex[Tensor, "B C P"]]:
-    """The recurrence, one step after the other with dense matrices: outputs and last state."""
-    A_bar, B_bar = discrete_form(system, step)
-    row, outputs = output_row(C), []
-    x = u.new_zeros(*u.shape[:2], row.shape[-1]) if start is None else to_real(start)
-    for u_t in u.unbind(-1):
-        x = torch.einsum("cnm,bcm->bcn", A_bar, x) + B_bar * u_t[..., None]
-        outputs.append((row * x).sum(-1))
-    return torch.stack(outputs, -1), to_pairs(x)
-
-
-def s4_kernel_reference(system: Dplr, C: Row, step: Steps, L: int) -> Float[Tensor, "C L"]:
-    """``kernel[t] = C A_bar^t B_bar``, one power after the other."""
-    A_bar, x = discrete_form(system, step)
-    row, taps = output_row(C), []
-    for _ in range(L):
-        taps.append((row * x).sum(-1))
-        x = torch.einsum("cnm,cm->cn", A_bar, x)
-    return torch.stack(taps, -1)
-
-
-# --- the fast form --------------------------------------------------------------------------------
-
-
-def s4_kernel(system: Dplr, C_tilde: Row, step: Steps, L: int) -> Float[Tensor, "C L"]:
-    """The same kernel from its spectrum; ``C_tilde`` is ``to_tilde(system, C, step, L)``."""
-    return s4_kernel_untied(system, system.p, C_tilde, step, L)
-
-
-def s4_kernel_untied(
-    system: Dplr, q: Row, C_tilde: Row, step: Steps, L: int
-) -> Float[Tensor, "C L"]:
-    """`s4_kernel` of ``diag(poles) - p q*``: see `corelib.state_space.hurwitz`."""
-    poles, p, B = system
-    angles = torch.arange(L // 2 + 1, dtype=torch.float64, device=step.device) * (math.pi / L)
-    sine, cosine = angles.sin().to(step.dtype), angles.cos().to(step.dtype)
-    half = step[:, None] / 2
-    weights = torch.stack([C_tilde * B, C_tilde * p, q.conj() * B, q.conj() * p])
-    through, left, right, loop = cauchy_sums(weights, half * poles, sine, cosine)
-    gain = half * cosine
-    spectrum = through - gain * left * right / (1 + gain * loop)
-    return torch.fft.irfft(half * torch.complex(cosine, sine) * spectrum, n=L)
-
-
-# --- the layer ------------------------------------------------------------------------------------
 
 
 class S4(nn.Module):

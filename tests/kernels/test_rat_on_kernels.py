@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from corelib.kernels.gates.interpreter import kernel_runner
-from corelib.linear_time import rat
+from corelib.linear_time import gated_average, rat
 from corelib.testing import assert_same
 
 
@@ -29,12 +29,12 @@ def by_kernels(q, k, v, g, chunk):
         took.append((tuple(q.shape), tuple(k.shape)))
         return flash_attention(q, k, v, **options)
 
-    plain = rat.attention, rat.diagonal_scan
-    rat.attention, rat.diagonal_scan = attend, diagonal_scan
+    plain = rat.attention, gated_average.diagonal_scan
+    rat.attention, gated_average.diagonal_scan = attend, diagonal_scan
     try:
         return differentiated(q, k, v, g, chunk), took
     finally:
-        rat.attention, rat.diagonal_scan = plain
+        rat.attention, gated_average.diagonal_scan = plain
 
 
 @pytest.mark.method("rat")
