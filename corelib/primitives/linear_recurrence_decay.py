@@ -24,6 +24,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .decay_exp import decay_exp_
+
 LARGEST = 64.0  # exp(64), about 1e28, leaves float32 ten powers of ten for the numbers themselves
 BY_HAND = 2  # blocks up to this wide are multiplied element by element: products cost more calls
 
@@ -106,9 +108,9 @@ class StrongHeadDecay:
     def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor):
         self.q, self.k = q, k
         between = log_decay.expand(-1, -1, q.shape[1]).tril(-1).cumsum(1)
-        self.factor = between.exp_()  # right below the diagonal; above it, scores are cut off
+        self.factor = decay_exp_(between)  # right below the diagonal; above it, scores are cut off
         self.scores = torch.bmm(q, k.mT).mul_(self.factor).tril_()
-        self.from_start = log_decay.cumsum(1).exp_()
+        self.from_start = decay_exp_(log_decay.cumsum(1))
         self.to_end = self.factor[:, -1, :, None]
         self.read, self.write = q * self.from_start, k * self.to_end
         self.total = self.from_start[:, -1:]

@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._checks import check_same_kind
+from .decay_exp import decay_exp_
 
 CACHED = 1 << 17  # numbers in one buffer of a block: half a megabyte of float32
 
@@ -179,7 +180,7 @@ class _Blocks:
         """``(T + 1, B, N, D)``: ``h`` and the states after each step of the block."""
         n = block.stop - block.start
         u, dt, B = (self.part(x, block) for x in (self.u, self.dt, self.B))
-        torch.mul(dt[:, :, None], self.A, out=self.decays[:n]).exp_()
+        decay_exp_(torch.mul(dt[:, :, None], self.A, out=self.decays[:n]))
         torch.mul((u * dt)[:, :, None], B[..., None], out=self.buffer[1 : n + 1])
         self.buffer[0].copy_(h)
         for t in range(n):

@@ -33,6 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ._checks import check_same_kind
+from .decay_exp import decay_exp
 from .selective_scan import step_size
 
 Heads = Float[Tensor, "B H L V"]
@@ -140,9 +141,9 @@ def _run(values, log_decay, B, C, state) -> tuple[Tensor, Tensor]:
     sums = log_decay.double().cumsum(-1)
     apart = (sums[..., :, None] - sums[..., None, :]).to(values.dtype)
     ahead = torch.ones(apart.shape[-2:], dtype=torch.bool, device=apart.device).triu(1)
-    weights = (C @ B.mT) * apart.masked_fill(ahead, -torch.inf).exp()
-    into = (sums[..., -1:] - sums).to(values.dtype).exp()  # decay from a step to the chunk's end
-    since = sums.to(values.dtype).exp()[..., None]  # decay from the chunk's start to a step
+    weights = (C @ B.mT) * decay_exp(apart.masked_fill(ahead, -torch.inf))
+    into = decay_exp((sums[..., -1:] - sums).to(values.dtype))  # from a step to the chunk's end
+    since = decay_exp(sums.to(values.dtype))[..., None]  # from the chunk's start to a step
     added = B.mT @ (into[..., None] * values)
     states = []
     totals = since[..., -1:, :].unbind(3)
