@@ -142,7 +142,27 @@ class _CircularConv(torch.autograd.Function):
         return d_u, d_kernel, None
 
 
+def _fits(u: Tensor, kernel: Tensor) -> bool:
+    """All that `_check` asks for, in one go: a short convolution takes only 0.1 ms itself."""
+    if not (isinstance(u, Tensor) and isinstance(kernel, Tensor)):
+        return False
+    n = kernel.dim()
+    return (
+        kernel.dtype is u.dtype
+        and u.dtype.is_floating_point
+        and kernel.device == u.device
+        and 0 < n <= u.dim()
+        and kernel.shape[-1] > 0
+        and u.shape[-n:-1] == kernel.shape[:-1]
+    )
+
+
 def _check(u: Tensor, **kernels: Tensor) -> None:
+    for kernel in kernels.values():
+        if not _fits(u, kernel):
+            break
+    else:
+        return
     check_same_kind(u=u, **kernels)
     for name, kernel in kernels.items():
         channels = tuple(kernel.shape[:-1])
