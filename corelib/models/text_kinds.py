@@ -61,7 +61,8 @@ class TextKind:
         "a small model of few texts; it speaks in the manner of what it read and knows\n  nothing."
     )
 
-    def build(self, config: DecoderConfig, seed: int | None) -> nn.Module:
+    def build(self, config, seed: int | None) -> nn.Module:
+        """An untrained model; ``config`` is an instance of the kind's own class."""
         return self.model(config, seed=seed)
 
     def loss(self, model, batch, stage: Stage) -> Tensor:

@@ -8,10 +8,12 @@ import torch
 from corelib.models import evaluate, zoo
 from corelib.models.mixture import masked_batch, token_stream
 from corelib.models.recipes import RECIPES
+from corelib.models.recurrent import StateCache
 from corelib.models.tokenizer import load_tokenizer
 
 DECODERS = ("text_lm", "draft_lm")
-TEXT = (*DECODERS, "text_lm_recall", "encoder")
+RECURRENT = ("mamba_lm", "mamba2_lm")
+TEXT = (*DECODERS, *RECURRENT, "text_lm_recall", "encoder")
 
 
 def test_all_are_there_and_small():
@@ -74,6 +76,27 @@ def test_text_lm_still_does_what_its_card_says():
     assert 0.7 * card < bits < 1.4 * card
     right = evaluate.passkey_accuracy(model, tokenizer, test, length=400, trials=6)
     assert right >= 5 / 6
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_models_read_and_go_on_step_by_step(name):
+    """They beat the n-gram, do as their cards say, and their states carry what they have read."""
+    model, figures = zoo.load(name), zoo.figures(name)["figures"]
+    for corpus in ("shakespeare", "python"):
+        ngram = figures[f"bits per byte, {corpus}, order-5 n-gram"]
+        assert figures[f"bits per byte, {corpus}"] < ngram
+    test = token_stream("test", "shakespeare")[:513]
+    bits = float(evaluate.token_nats(model, test[None]).sum()) / math.log(2)
+    card = figures["bits per byte, shakespeare"]
+    assert 0.7 * card < bits / load_tokenizer().bytes_of(test[1:]) < 1.4 * card
+    cache = StateCache()
+    with torch.no_grad():
+        whole = model(test[None, :24])
+        model(test[None, :20], cache)
+        held = cache.bytes()
+        last = [model(test[None, t : t + 1], cache) for t in range(20, 24)]
+    torch.testing.assert_close(torch.cat(last, 1), whole[:, 20:], atol=1e-3, rtol=1e-3)
+    assert cache.bytes() == held
 
 
 def test_draft_lm_is_accepted_often():
