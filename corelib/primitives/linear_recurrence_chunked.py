@@ -20,16 +20,19 @@ computed again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear_recurrence_decay import ChunkDecay, NoDecay, StrongHeadDecay, plain_width
+from .decay_exp import decay_exp_
+from .linear_recurrence_decay import ChunkDecay, NoDecay, StrongHeadDecay, plain_width, sums_from
 
 CHUNK = 64
-SLAB = 1 << 17  # numbers of an array that are worked on at a time
+TRIANGLE = 72  # states handed on by one product, if there are at most so many
+SLAB = 1 << 19  # numbers of an array that are worked on at a time
 
 
 def chunked(
@@ -87,9 +90,7 @@ def _forward(q, k, v, log_decay, out, state, scale) -> Tensor:
     states = state.new_empty(len(state), 1 + len(q) // len(state), *state.shape[1:])
     states[:, 0] = state
     _product_into(states[:, 1:], here.write.mT, v)
-    steps, totals = states.unbind(1), here.total.unflatten(0, (len(state), -1)).unbind(1)
-    for before, after, total in zip(steps, steps[1:], totals):
-        after.addcmul_(total, before)
+    states = _hand_on(states, here.total)
     torch.bmm(here.scores, v, out=out)
     out.baddbmm_(here.read, states[:, :-1].flatten(0, 1), beta=scale, alpha=scale)
     return states
@@ -105,9 +106,7 @@ def _backward(q, k, v, log_decay, d_out, d_q, d_k, d_v, d_decay, states, d_state
     d_states = torch.empty_like(states)
     d_states[:, -1] = d_state
     _product_into(d_states[:, :-1], here.read.mT, d_out)
-    steps, totals = d_states.unbind(1), here.total.unflatten(0, (len(states), -1)).unbind(1)
-    for before, after, total in zip(steps[-2::-1], steps[:0:-1], totals[::-1]):
-        before.addcmul_(total, after)
+    d_states = _hand_on(d_states, here.total, backwards=True)
     d_afters = d_states[:, 1:].flatten(0, 1)
     torch.bmm(here.scores.mT, d_out, out=d_v).baddbmm_(here.write, d_afters)
     torch.bmm(d_out, states[:, :-1].flatten(0, 1).mT, out=d_q)
@@ -116,9 +115,39 @@ def _backward(q, k, v, log_decay, d_out, d_q, d_k, d_v, d_decay, states, d_state
     if d_sum is not None:
         ends = (states[:, 1:].flatten(0, 1) * d_afters).sum(-1)[:, None]
         ends = ends if ends.shape[2] == d_sum.shape[2] else ends.sum(-1, keepdim=True)
-        later = q.new_ones(q.shape[1], q.shape[1]).triu_().expand(len(q), -1, -1)
-        torch.baddbmm(ends, later, d_sum, out=d_decay)
-    return steps[0]
+        if d_sum.shape[2] == 1:
+            torch.add(sums_from(d_sum), ends, out=d_decay)
+        else:
+            later = q.new_ones(q.shape[1], q.shape[1]).triu_().expand(len(q), -1, -1)
+            torch.baddbmm(ends, later, d_sum, out=d_decay)
+    return d_states[:, 0]
+
+
+def _hand_on(states: Tensor, total: Tensor, backwards: bool = False) -> Tensor:
+    """``states (heads, chunks + 1, K, V)``, the first and what each chunk adds, to all states.
+
+    ``total``: what each chunk leaves of a state. Backwards from the last to the first. One number a
+    chunk makes it a product with a small triangle; one for each channel a loop.
+    """
+    heads, count = len(states), states.shape[1]
+    totals = total.unflatten(0, (heads, -1))
+    if totals.shape[2] == 1 and 2 < count <= TRIANGLE:
+        between = totals.new_zeros(heads, count, count)
+        between[:, 1:] = torch.where(_below(count), totals[..., 0].log(), 0.0)
+        kept = decay_exp_(between.cumsum(1)).tril_()  # [i, j]: what chunks j to i - 1 leave
+        return torch.bmm(kept.mT if backwards else kept, states.flatten(2)).view(states.shape)
+    steps, each = states.unbind(1), totals.unbind(1)
+    if backwards:
+        steps, each = steps[::-1], each[::-1]
+    for before, after, left in zip(steps, steps[1:], each):
+        after.addcmul_(left, before)
+    return states
+
+
+@functools.cache
+def _below(count: int) -> Tensor:
+    """``(count - 1, count)``: whether chunk i stands at or behind state j."""
+    return torch.ones(count - 1, count, dtype=torch.bool).tril()
 
 
 def _product_into(target: Tensor, a: Tensor, b: Tensor) -> None:

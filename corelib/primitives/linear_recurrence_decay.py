@@ -22,6 +22,7 @@ written out, `StrongHeadDecay`.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .decay_exp import decay_exp_
@@ -150,11 +151,19 @@ def sums_after(x: Tensor) -> tuple[Tensor, Tensor]:
 
     As a product, which is faster than `torch.cumsum` along an axis that is not the last.
     """
-    N, C, _ = x.shape
+    N, C, K = x.shape
     if C == 1:  # may hold -inf, and 0 * -inf is NaN
         return torch.zeros_like(x), x.clone()
+    if K == 1:
+        here = sums_from(x)
+        return F.pad(here[:, 1:], (0, 0, 0, 1)), here[:, :1].clone()
     after = torch.bmm(x.new_ones(C, C).triu_(1).expand(N, -1, -1), x)
     return after, after[:, :1] + x[:, :1]
+
+
+def sums_from(x: Tensor) -> Tensor:
+    """For one column, ``x (N, C, 1)``: the sum of each row and all that come after it."""
+    return x[..., 0].flip(1).cumsum(1).flip(1)[..., None]
 
 
 def _halves(x: Tensor, width: int) -> tuple[Tensor, ...]:
