@@ -13,6 +13,8 @@ import pytest
 PHONE = {"width": 390, "height": 844}
 SURVEY = (pathlib.Path(__file__).parent / "survey.js").read_text(encoding="utf-8")
 LOCAL = ("file:", "data:", "blob:", "about:")
+# One fixture visits every page: minutes, and on a slow machine a quarter of an hour.
+pytestmark = pytest.mark.timeout(2700)
 
 
 def _open(chromium):
