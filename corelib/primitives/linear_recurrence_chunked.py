@@ -31,7 +31,7 @@ from .decay_exp import decay_exp_
 from .linear_recurrence_decay import ChunkDecay, NoDecay, StrongHeadDecay, plain_width, sums_from
 
 CHUNK = 64
-TRIANGLE = 72  # states handed on by one product, if there are at most so many
+TRIANGLE = 18, 72  # so many states are handed on by one product; fewer are as quick in a loop
 SLAB = 1 << 19  # numbers of an array that are worked on at a time
 
 
@@ -131,7 +131,7 @@ def _hand_on(states: Tensor, total: Tensor, backwards: bool = False) -> Tensor:
     """
     heads, count = len(states), states.shape[1]
     totals = total.unflatten(0, (heads, -1))
-    if totals.shape[2] == 1 and 2 < count <= TRIANGLE:
+    if totals.shape[2] == 1 and TRIANGLE[0] <= count <= TRIANGLE[1]:
         between = totals.new_zeros(heads, count, count)
         between[:, 1:] = torch.where(_below(count), totals[..., 0].log(), 0.0)
         kept = decay_exp_(between.cumsum(1)).tril_()  # [i, j]: what chunks j to i - 1 leave

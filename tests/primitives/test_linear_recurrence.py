@@ -247,3 +247,22 @@ def test_bad_input_is_named(case):
     change, error, message = BAD[case]
     with pytest.raises(error, match=message):
         linear_recurrence(**change(random_inputs("vector")))
+
+
+@pytest.mark.parametrize("strength", [0.1, 3.0])
+def test_many_chunks_are_handed_on_by_one_product(strength):
+    """Outputs, last state and gradients, of 20 chunks."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 1220, 3, generator=generator).double() for _ in range(3))
+    decay = -strength * torch.rand(1, 2, 1220, generator=generator).double()
+    state = torch.randn(1, 2, 3, 3, generator=generator).double()
+    found = []
+    for form in ("chunked", "recurrent"):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, decay, state)]
+        y, last = linear_recurrence(
+            *leaves[:3], log_decay=leaves[3], state=leaves[4], form=form, return_state=True
+        )
+        loss = (y * v).sum() + last.sum()
+        found.append([y, last, *torch.autograd.grad(loss, leaves)])
+    for got, wanted in zip(*found):
+        torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-9)
