@@ -49,7 +49,6 @@ WIDEST = {2: 128, 4: 64}
 #: Where flash attention's tile spills here: (pass, bytes of a number, width, target).
 NARROWER = {
     ("forward", 2, 64, "sm_80"): Blocks(64, 32, 4, 3),
-    ("dkdv", 4, 64, "sm_90"): Blocks(32, 32, 8, 1),
 }
 
 
@@ -205,7 +204,7 @@ class _BlockSparse(torch.autograd.Function):
         given = arguments(q, k, v, lists.block, causal, scale, positions, out=out)
         given |= dict(zip(("offsets", "middles", "blocks"), ordered, strict=True), lse=lse)
         run(block_sparse_forward, "forward", given, lambda tile: (-(-L // tile.block_m), H, B))
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, *ordered)
         ctx.options = lists, causal, scale, positions
         return out, lse
 

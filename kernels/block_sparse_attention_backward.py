@@ -207,23 +207,26 @@ def transposed_lists(ordered, shape: tuple[int, int, int, int], G: int):
     """
     offsets, middles, blocks = (x.long() for x in ordered)
     B, H, nq, nk = shape
-    rows = torch.arange(B * H * nq, device=blocks.device).repeat_interleave(offsets.diff())
-    partly = torch.arange(len(blocks), device=blocks.device) >= middles[rows]
+    entries, total = torch.arange(len(blocks), device=blocks.device), B * G * nk
+    rows = torch.searchsorted(offsets[1:], entries, right=True)  # behind the last list: none
+    listed, rows = rows < len(middles), rows.clamp(max=len(middles) - 1)
+    partly = entries >= middles[rows]
     sequence, head, place = rows // (H * nq), rows // nq % H, rows % nq
     target = (sequence * G + head // (H // G)) * nk + blocks
-    order = torch.argsort(2 * target + partly, stable=True)
+    order = torch.argsort(torch.where(listed, 2 * target + partly, 2 * total), stable=True)
     readers = head % (H // G) * nq + place
-    counts, whole = (torch.bincount(x, minlength=B * G * nk) for x in (target, target[~partly]))
+    counts, whole = (
+        torch.zeros(total, dtype=torch.long, device=blocks.device).index_add_(0, target, x.long())
+        for x in (listed, listed & ~partly)
+    )
     starts = F.pad(counts.cumsum(0), (1, 0))
     return starts.int(), (starts[:-1] + whole).int(), readers[order].int()
 
 
-def run_backward(d_out, d_lse, q, k, v, out, lse, lists, causal, scale, positions):
+def run_backward(d_out, d_lse, q, k, v, out, lse, *ordered_and_options):
     """Launch both kernels: ``dq`` first, because it leaves ``delta`` for ``dk`` and ``dv``."""
-    from corelib.primitives.block_sparse import sort_lists
-
+    *ordered, lists, causal, scale, positions = ordered_and_options
     (B, H, L, _), (_, G, S, _) = q.shape, k.shape
-    ordered = sort_lists(lists, L, S, causal=causal, key_positions=positions)
     (d_out,) = _flash.with_contiguous_rows(d_out.to(q.dtype))
     d_lse = torch.zeros_like(lse) if d_lse is None else d_lse.to(lse.dtype).contiguous()
     dq, dk, dv = (_flash.empty_like_rows(x, x.shape[-1], x.dtype) for x in (q, k, v))

@@ -67,7 +67,7 @@ def _cauchy_forward(
     exists, real_sums = frequencies < K, sums < M
     s = tl.load(sine + frequencies, mask=exists, other=1.0)
     c = tl.load(cosine + frequencies, mask=exists, other=1.0)
-    row = sums * C.to(tl.int64) + channel
+    row = sums.to(tl.int64) * C + channel
     total_real = tl.zeros([BLOCK_M, BLOCK_K], s.dtype)
     total_imag = tl.zeros([BLOCK_M, BLOCK_K], s.dtype)
     for n in range(0, P):
@@ -93,7 +93,7 @@ def _cauchy_backward(
     which = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     sums, lanes = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     real_poles, real_sums = which < P, sums < M
-    row = sums * C.to(tl.int64) + channel
+    row = sums.to(tl.int64) * C + channel
     at_pole = 2 * (channel * P + which)
     pole = tl.load(poles + at_pole, mask=real_poles, other=1.0)[:, None]
     pole_imag = tl.load(poles + at_pole + 1, mask=real_poles, other=0.0)[:, None]

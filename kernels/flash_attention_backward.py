@@ -25,12 +25,15 @@ import torch
 from torch import Tensor
 
 from corelib.kernels import _flash_launch as _launch
+from corelib.kernels._flash_dkdv import tiles_for_dkdv, with_own_tile
 from corelib.kernels._flash_table import specialisations
 from corelib.kernels._shared import (
     can_see,
     edge_block,
+    is_interpreted,
     jit,
     key_blocks,
+    launch,
     load_tile,
     query_blocks,
     sliced_product,
@@ -41,8 +44,8 @@ from corelib.kernels._shared import (
 __all__ = ["flash_attention_backward"]
 
 
-#: What is compiled for every target; the launcher takes its blocks from the same table.
-SPECIALISATIONS = specialisations("dq", "dkdv")
+#: What is compiled for every target; the launcher takes its tiles from the same tables.
+SPECIALISATIONS = [with_own_tile(row) for row in specialisations("dq", "dkdv")]
 
 
 @jit
@@ -172,18 +175,26 @@ def flash_backward_dq(
 
 @jit
 def _add_dkdv(
-    dk, dv, keys, values, q, k, v, d_out, lse, delta, q_l, k_l, v_l, d_out_l, start, begin, end,
-    lo, a, b, L, S, shift, window, sinks, scale_log2, D: tl.constexpr, V: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, SLICE: tl.constexpr,
-    MASKED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    dk, dv, keys, values, q_0, k, v, d_out_0, lse_0, delta_0, q_h, q_l, k_l, v_l, d_out_h, d_out_l,
+    lse_h, start, begin, blocks, members, lo, a, b, L, S, shift, window, sinks, scale_log2,
+    D: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr, SLICE: tl.constexpr, MASKED: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``ds^T q`` and ``p^T d_out`` summed over query blocks; tiles are (keys, queries)."""
+    """``ds^T q`` and ``p^T d_out`` summed over query blocks; tiles are (keys, queries).
+
+    One loop over the blocks of all heads of the group: a loop of loops needs more registers.
+    """
     keys_at = start + tl.arange(0, BLOCK_N)
-    for step in range(begin, end):
-        block = step
+    for step in range(0, blocks * members):
+        member = (step // blocks).to(tl.int64)
+        q = q_0 + member * q_h
+        d_out = d_out_0 + member * d_out_h
+        lse = lse_0 + member * lse_h
+        delta = delta_0 + member * lse_h
+        block = begin + step % blocks
         if MASKED:
-            block = edge_block(step, lo, lo, a, b)
+            block = edge_block(block, lo, lo, a, b)
         first = block * BLOCK_M
         rows = first + tl.arange(0, BLOCK_M)
         if SLICE:
@@ -260,21 +271,23 @@ def flash_backward_dkdv(
     lo, a, b, hi = query_blocks(start, S, L, shift, window, sinks, BLOCK_N, BLOCK_M, CAUSAL, WINDOW)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    for member in range(0, heads_per_group):
-        head = group * heads_per_group + member
-        at = row + head * lse_h
-        acc_k, acc_v = _add_dkdv(
-            acc_k, acc_v, keys, values, q + head * q_h, k, v, d_out + head * d_out_h, lse + at,
-            delta + at, q_l, k_l, v_l, d_out_l, start, a, b, lo, a, b, L, S, shift, window, sinks,
-            scale_log2, D, V, CAUSAL, WINDOW, PRECISION, SLICE, False,
-            BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        acc_k, acc_v = _add_dkdv(
-            acc_k, acc_v, keys, values, q + head * q_h, k, v, d_out + head * d_out_h, lse + at,
-            delta + at, q_l, k_l, v_l, d_out_l, start, lo, a + hi - b, lo, a, b, L, S, shift,
-            window, sinks, scale_log2, D, V, CAUSAL, WINDOW, PRECISION, SLICE, True,
-            BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+    head = group * heads_per_group
+    q += head * q_h
+    d_out += head * d_out_h
+    lse += row + head * lse_h
+    delta += row + head * lse_h
+    acc_k, acc_v = _add_dkdv(
+        acc_k, acc_v, keys, values, q, k, v, d_out, lse, delta, q_h, q_l, k_l, v_l, d_out_h,
+        d_out_l, lse_h, start, a, b - a, heads_per_group, lo, a, b, L, S, shift, window, sinks,
+        scale_log2, D, V, CAUSAL, WINDOW, PRECISION, SLICE, False,
+        BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    acc_k, acc_v = _add_dkdv(
+        acc_k, acc_v, keys, values, q, k, v, d_out, lse, delta, q_h, q_l, k_l, v_l, d_out_h,
+        d_out_l, lse_h, start, lo, a - lo + hi - b, heads_per_group, lo, a, b, L, S, shift, window,
+        sinks, scale_log2, D, V, CAUSAL, WINDOW, PRECISION, SLICE, True,
+        BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     acc_k = acc_k * (scale_log2 * 0.6931471805599453)
     store_tile(dk + group * dk_h, acc_k, start, S, dk_l, BLOCK_N, D, BLOCK_D)
     store_tile(dv + group * dv_h, acc_v, start, S, dv_l, BLOCK_N, V, BLOCK_V)
@@ -333,8 +346,15 @@ def run_backward(d_out, d_lse, q, k, v, out, lse, options, packed) -> tuple[Tens
     )  # fmt: skip
     given = _launch.arguments(q, k, v, options, packed, d_out=d_out, dk=dk, dv=dv)
     given |= {"lse": lse, "delta": delta}
-    _launch.run(
-        "flash_attention", flash_backward_dkdv, "dkdv", given,
-        lambda blocks: (-(-longest_k // blocks.block_n), k.shape[1], batch),
-    )  # fmt: skip
+    _run_dkdv(given, lambda blocks: (-(-longest_k // blocks.block_n), k.shape[1], batch))
     return dq, dk, dv
+
+
+def _run_dkdv(given, grid) -> None:
+    if is_interpreted(flash_backward_dkdv):
+        tiles = [_launch.INTERPRETED]
+    else:
+        tiles = tiles_for_dkdv(_launch.target(), given["q"].dtype, given["D"], given["V"])
+    if 0 not in grid(tiles[0]):
+        key = tuple(given[x] for x in ("D", "V", "CAUSAL", "WINDOW", "VARLEN"))
+        launch(flash_backward_dkdv, grid, tiles, given, (given["q"].dtype, *key))

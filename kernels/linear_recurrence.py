@@ -239,7 +239,8 @@ class _Recurrence(torch.autograd.Function):
         back = dict(kind=kind, reverse=True)
         d_v, d_state = _scan(k, q, d_out, log_decay, d_final, **back, out_dtype=v.dtype)
         kind = "value" if kind == "key" else kind
-        wide = dict(kind=kind, out_dtype=torch.float32)  # the decay's gradient is a difference
+        # The decay's gradient is a difference: there the products may not be rounded first.
+        wide = dict(kind=kind, out_dtype=q.dtype if log_decay is None else torch.float32)
         d_q, _ = _scan(d_out, v, k, log_decay, state.mT, **wide)
         d_k, _ = _scan(v, d_out, q, log_decay, d_final.mT, **wide, reverse=True)
         d_decay = None

@@ -11,7 +11,8 @@ kernel modules that it imports and of the gate has changed, or with ``--force``.
 
 A status is one of *interpreted* (its tests pass under Triton's interpreter), *compiled* (offline,
 for the row's target, without a problem) and *run on (device, date)* (`gates.gpu_check` ran its
-tests on that device). A kernel that never ran on a GPU is never called more than the first two.
+tests on that device; *an earlier version run on* where its source has changed since). A kernel that
+never ran on a GPU is never called more than the first two.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ def _status(row: dict[str, Any], module: dict[str, Any]) -> list[str]:
     status += [f"refused: {text}" for text in row["problems"]] or [f"compiled for {row['target']}"]
     for run in module["runs"]:
         if run["target"] == row["target"]:
-            status.append(f"run on ({run['device']}, {run['date']})")
+            verb = "run on" if run["hash"] == module["hash"] else "an earlier version run on"
+            status.append(f"{verb} ({run['device']}, {run['date']})")
     return status
 
 
@@ -154,6 +156,41 @@ def _summed(key: tuple, group: list[dict[str, Any]]) -> dict[str, str]:
     }
 
 
+def races(module: str | None = None) -> list[dict[str, str]]:
+    """What `gates.gpu_check` timed on real devices, as text cells: a row per race and contestant.
+
+    Times are medians in microseconds; ``time ÷ kernel`` compares with the race's first contestant,
+    the kernel. The contestant ``floor`` is modelled: bytes and operations at the device's own
+    measured copy bandwidth and matrix rate.
+    """
+    modules, found = read()["modules"], []
+    for name in [module] if module else modules:
+        for run in modules[name]["runs"]:
+            old = "" if run["hash"] == modules[name]["hash"] else ", an earlier version"
+            for race, times in run.get("microseconds", {}).items():
+                ordered = sorted(times, key=lambda who: (who == "floor", not _is_kernel(who)))
+                found += [
+                    {
+                        "race": f"{name}: {race}",
+                        "contestant": "floor (modelled)" if who == "floor" else who,
+                        "µs": f"{times[who]:,.0f}",
+                        "time ÷ kernel": f"{times[who] / times[ordered[0]]:.2f}",
+                        "measured on": f"{run['device']}, {run['date']}{old}",
+                    }
+                    for who in ordered
+                ]
+    return found
+
+
+def _is_kernel(contestant: str) -> bool:
+    return contestant.startswith("kernel")
+
+
+def _as_markdown(card: list[dict[str, str]]) -> str:
+    lines = ["| " + " | ".join(card[0]) + " |", "|" + " --- |" * len(card[0])]
+    return "\n".join(lines + ["| " + " | ".join(row.values()) + " |" for row in card])
+
+
 def _span(values: list[int]) -> str:
     if not values:
         return "?"
@@ -166,28 +203,38 @@ def markdown(module: str | None = None) -> str:
     card = summary(module)
     if not card:
         return "No kernel is on the report card.\n"
-    head = list(card[0])
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in card]
-    return "\n".join(lines) + "\n\n" + _footing() + "\n"
+    text = _as_markdown(card) + "\n\n" + _footing() + "\n"
+    if raced := races(module):
+        text += "\n## Raced on a GPU\n\n" + _as_markdown(raced) + "\n"
+    return text
 
 
 def table(module: str | None = None) -> str:
     """The card as aligned plain text."""
-    card = summary(module)
+    parts = [_aligned(summary(module)), _footing()]
+    return "\n\n".join([*parts, *filter(None, [_aligned(races(module))])])
+
+
+def _aligned(card: list[dict[str, str]]) -> str:
     cells = [list(card[0]), *(list(row.values()) for row in card)] if card else []
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
     ]
-    return "\n".join([*lines, "", _footing()])
+    return "\n".join(lines)
 
 
 def _footing() -> str:
     report = read()
     text = f"Compiled offline with Triton {report['triton']}; a span covers a kernel's variants. "
-    ran = any(module["runs"] for module in report["modules"].values())
+    ran: dict[str, list[str]] = {}
+    for name, module in report["modules"].items():
+        for run in module["runs"]:
+            if run["hash"] == module["hash"]:
+                ran.setdefault(f"{run['device']}, {run['date']}", []).append(name)
+    for where, names in ran.items():
+        text += f"Ran on {where}: {len(names)} of {len(report['modules'])} modules. "
     text += "" if ran else "None of these kernels has run on a GPU yet."
     if changed := stale(report):
         text += f" Out of step with the source (run --update): {', '.join(changed)}."

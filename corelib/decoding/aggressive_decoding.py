@@ -82,7 +82,8 @@ def input_guided_reference(
         a = realign(source, output)
         guess = [] if a is None else source[a:]
         context = [*ids[0].tolist(), *output]
-        best = model(torch.tensor([context + guess]))[0, len(context) - 1 :].argmax(-1).tolist()
+        feed = torch.tensor([context + guess], device=ids.device)
+        best = model(feed)[0, len(context) - 1 :].argmax(-1).tolist()
         calls += 1
         for place, choice in enumerate(best):
             output.append(choice)
@@ -162,12 +163,17 @@ class BlockNAT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), gold.flatten(), ignore_index=-1)
 
 
-def block_draft(nat: BlockNAT, block: int | None = None) -> Drafter:
-    """The drafter: the most likely token at each of the masks, each without knowing the others."""
+def block_draft(
+    nat: BlockNAT, block: int | None = None, *, device: torch.device | str | None = None
+) -> Drafter:
+    """The drafter: the most likely token at each of the masks, each without knowing the others.
+
+    ``device``: where ``nat`` takes its ids.
+    """
 
     @torch.no_grad()
     def draft(tokens: list[int], start: int, most: int) -> Draft:
-        filled = nat(torch.tensor([tokens]), block)[0].argmax(-1)
+        filled = nat(torch.tensor([tokens], device=device), block)[0].argmax(-1)
         return Draft(filled[:most].tolist())
 
     return draft
@@ -209,7 +215,7 @@ def gad_decode(
     ``block``: masks in a pass, by default as many as ``nat`` was trained with. ``beta=1, tau=0``
     is greedy decoding; other values trade likeness for longer blocks. The rest as above.
     """
-    drafter, verifier = block_draft(nat, block), tolerant(beta, tau)
+    drafter, verifier = block_draft(nat, block, device=ids.device), tolerant(beta, tau)
     return speculative_decode(target, ids, new, drafter, verifier=verifier, eos=eos, cache=cache)
 
 
@@ -228,7 +234,7 @@ class ScriptedModel:
 
     def __call__(self, ids: Int[Tensor, "B L"], cache=None) -> Float[Tensor, "B L vocab"]:
         wants = [[self._next(row[: i + 1]) for i in range(len(row))] for row in ids.tolist()]
-        return F.one_hot(torch.tensor(wants), self.vocab).double()
+        return F.one_hot(torch.tensor(wants, device=ids.device), self.vocab).double()
 
     def _next(self, seen: list[int]) -> int:
         written = seen[len(self.prompt) :]

@@ -30,7 +30,8 @@ class _Script:
 
     def __call__(self, probs: Tensor) -> Tensor:
         rows = probs.reshape(-1, probs.shape[-1])
-        return torch.tensor([self._one(row) for row in rows]).reshape(probs.shape[:-1])
+        chosen = [self._one(row) for row in rows]
+        return torch.tensor(chosen, device=probs.device).reshape(probs.shape[:-1])
 
     def _one(self, row: Tensor) -> int:
         weights = row.tolist()
@@ -100,7 +101,7 @@ class TabularModel:
             cache.append(0, held, held)
             seen = cache.layers[0][0][:, 0, :, 0].long()
         before = torch.nn.functional.pad(seen, (1, 0), value=self.vocab)[:, :-1]
-        return self.table[before, seen][:, -ids.shape[1] :]
+        return self.table.to(ids.device)[before, seen][:, -ids.shape[1] :]
 
     def law(self, prompt: Sequence[int], new: int, change: Callable[[Tensor], Tensor]) -> Law:
         """The law of ``new`` tokens, by the chain rule; ``change`` turns logits into probs."""
@@ -133,10 +134,12 @@ class AttentiveModel(TabularModel):
         )
 
     def __call__(self, ids: Int[Tensor, "B L"], cache=None) -> Float[Tensor, "B L vocab"]:
-        q, k, v = (weight[ids][:, None] for weight in (self.q, self.k, self.v))
+        weights = (self.q, self.k, self.v, self.out, self.table)
+        q, k, v, out, table = (weight.to(ids.device) for weight in weights)
+        q, k, v = (weight[ids][:, None] for weight in (q, k, v))
         if cache is None:
             read = attention(q, k, v, causal=True)
         else:
             cache.append(0, k, v)
             read = cache.attend(0, q)
-        return self.table[self.vocab, ids] + read[:, 0] @ self.out.T
+        return table[self.vocab, ids] + read[:, 0] @ out.T

@@ -249,8 +249,12 @@ def model_drafter(
     law: Callable[[Tensor], Tensor] = greedy_law,
     chooser: Chooser | None = None,
     cache: KVCache | None = None,
+    device: torch.device | str | None = None,
 ) -> Drafter:
-    """``gamma`` tokens of a smaller model with their laws; its empty ``cache`` is kept in step."""
+    """``gamma`` tokens of a smaller model with their laws; its empty ``cache`` is kept in step.
+
+    ``device``: where the model takes its ids.
+    """
 
     @torch.no_grad()
     def draft(tokens: list[int], start: int, most: int) -> Draft:
@@ -259,7 +263,8 @@ def model_drafter(
             cache.crop(min(len(cache), len(tokens) - 1))
         for _ in range(min(gamma, most)):
             feed = (tokens + drawn)[0 if cache is None else len(cache) :]
-            laws.append(law(model(torch.tensor([feed]), cache)[0, -1]))
+            logits = model(torch.tensor([feed], device=device), cache)
+            laws.append(law(logits[0, -1]))
             drawn.append(decide(laws[-1], chooser))
         return Draft(drawn, torch.stack(laws) if laws else None)
 

@@ -100,6 +100,7 @@ def chain_drafter(
     verifier: Verifier | None = None,
     cache: PartialCache | None = None,
     report: DecodeReport | None = None,
+    device: torch.device | str | None = None,
 ) -> Drafter:
     """``middle`` drafts at least ``gamma`` tokens (or ``most``) with ``inner``'s guesses.
 
@@ -111,6 +112,7 @@ def chain_drafter(
         verifier: decides about guesses; by default lossless.
         cache: of the middle model; None reads everything again in each call.
         report: is told what each call of ``middle`` did.
+        device: where ``middle`` takes its ids.
     """
     if gamma < 1:
         raise ValueError(f"gamma: expected at least 1, got {gamma}")
@@ -124,7 +126,8 @@ def chain_drafter(
             so_far = tokens + drawn
             guess = inner(so_far, start, 1)
             feed = so_far[0 if cache is None else len(cache) :] + guess.tokens
-            logits = middle(torch.tensor([feed]), cache)[0, -len(guess.tokens) - 1 :]
+            ids = torch.tensor([feed], device=device)
+            logits = middle(ids, cache)[0, -len(guess.tokens) - 1 :]
             kept, emitted = verifier(guess, logits)
             if cache is not None:
                 cache.crop(len(so_far) + kept)
@@ -194,7 +197,7 @@ def triforce_generate(
         SinkCache(sinks, recent),
     )
     middle, rounds, tiny_calls = DecodeReport(), [], 0
-    one = model_drafter(tiny, 1, law=law, chooser=chooser, cache=near)
+    one = model_drafter(tiny, 1, law=law, chooser=chooser, cache=near, device=ids.device)
 
     def guess(tokens: list[int], start: int, most: int) -> Draft:
         nonlocal tiny_calls
@@ -203,15 +206,16 @@ def triforce_generate(
 
     rule = lossless(law, chooser) if verifier is None else verifier
     chain = chain_drafter(
-        target, guess, gamma, law=law, verifier=rule, cache=retrieved, report=middle
-    )
+        target, guess, gamma, law=law, verifier=rule, cache=retrieved, report=middle,
+        device=ids.device,
+    )  # fmt: skip
 
     def draft(tokens: list[int], start: int, most: int) -> Draft:
         if len(full) == 0:
             return Draft([])  # the prompt has not been read
         if not retrieved.built:
             retrieved.build(full)
-            read_prompt(tiny, tokens[:start], near)
+            read_prompt(tiny, tokens[:start], near, device=ids.device)
             full.read = near.read = 0
         retrieved.refresh(full)
         near.crop(min(len(near), len(tokens) - 1))
@@ -230,10 +234,16 @@ def triforce_generate(
 
 
 @torch.no_grad()
-def read_prompt(model: LanguageModel, tokens: list[int], cache: SinkCache) -> None:
+def read_prompt(
+    model: LanguageModel,
+    tokens: list[int],
+    cache: SinkCache,
+    *,
+    device: torch.device | str | None = None,
+) -> None:
     """Read ``tokens`` piece by piece, never holding more than twice what the cache keeps."""
     for at in range(0, len(tokens), cache.recent):
-        model(torch.tensor([tokens[at : at + cache.recent]]), cache)
+        model(torch.tensor([tokens[at : at + cache.recent]], device=device), cache)
         cache.trim()
 
 

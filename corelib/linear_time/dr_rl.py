@@ -144,9 +144,10 @@ def rank_law(
 def choose(policy: RankPolicy, env: RankEnv) -> Int[Tensor, "E T"]:
     """The policy's likeliest ranks in every episode of ``env``, under its mask."""
     E, T, _ = env.fidelity.shape
-    allowed, rows, out = env.allowed, torch.arange(E), []
+    allowed, out, device = env.allowed, [], env.fidelity.device
+    rows = torch.arange(E, device=device)
     seen = policy.encode(env.inputs.flatten(0, 1)).unflatten(0, (E, T))
-    last = torch.full((E,), env.start)
+    last = torch.full((E,), env.start, device=device)
     for t in range(T):
         last = rank_law(policy(seen[:, t], env.stats, last), allowed[rows, t, last]).argmax(-1)
         out.append(last)
@@ -181,6 +182,7 @@ def reinforce(
     rewards, allowed = env.rewards, env.allowed
     for step in range(steps):
         picked = torch.randperm(len(env.stats), generator=generator)[:episodes]
+        picked = picked.to(rewards.device)
         rate = explore * decay**step
         log_prob, reward = _play(policy, env, rewards, allowed, picked, rollouts, rate, generator)
         ahead = reward.flip(1).cumsum(1).flip(1)  # (episodes * rollouts, T)
@@ -196,11 +198,11 @@ def _play(policy, env, rewards, allowed, picked, rollouts, explore, generator):
     T = rewards.shape[1]
     seen = policy.encode(env.inputs[picked].flatten(0, 1)).unflatten(0, (-1, T))
     rows, seen = (x.repeat_interleave(rollouts, 0) for x in (picked, seen))
-    last, log_probs, got = torch.full((len(rows),), env.start), [], []
+    last, log_probs, got = torch.full((len(rows),), env.start, device=rows.device), [], []
     for t in range(T):
         logits = policy(seen[:, t], env.stats[rows], last)
         law = rank_law(logits, allowed[rows, t, last], explore)
-        action = torch.multinomial(law.detach(), 1, generator=generator)
+        action = torch.multinomial(law.detach().cpu(), 1, generator=generator).to(law.device)
         log_probs.append(law.gather(1, action)[:, 0].log())
         got.append(rewards[rows, t, last, action[:, 0]])
         last = action[:, 0]

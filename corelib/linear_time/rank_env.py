@@ -114,11 +114,12 @@ class RankEnv:
         self.fidelity, self.change, self.energy = (torch.stack(p, 1) for p in zip(*parts))
         exact = [2 * segment * n * (D + v.shape[3]) for n in ends]
         options = dict(shared=H // G)
-        self.svd = torch.tensor([svd_work(segment, D, **options) / full for full in exact])
+        svd = [svd_work(segment, D, **options) / full for full in exact]
+        self.svd = torch.tensor(svd, device=q.device)
         scores = [[score_work(segment, n, D, r, **options) for r in ranks] for n in ends]
         values = torch.tensor([2.0 * segment * n * v.shape[3] for n in ends])
-        self.work = (torch.tensor(scores) + values[:, None]) / torch.tensor(exact)[:, None]
-        self.work += self.svd[:, None]
+        work = (torch.tensor(scores) + values[:, None]) / torch.tensor(exact)[:, None]
+        self.work = work.to(q.device) + self.svd[:, None]
 
     @property
     def start(self) -> int:
@@ -151,7 +152,7 @@ class RankEnv:
             self.fidelity.gather(2, actions[..., None]),
             self.work.expand_as(self.fidelity).gather(2, actions[..., None]),
             self.follow(self.change, actions),
-            torch.tensor(self.ranks)[actions],
+            torch.tensor(self.ranks, device=actions.device)[actions],
             ~self.follow(self.allowed, actions),
         ]
         return Outcome(*(part.double().mean().item() for part in mean))
@@ -161,8 +162,8 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, ranks, probe: int) -> tuple[Tensor
     """Fidelity ``(E, A)``, change ``(E, A, A)`` and energy ``(E, 2, D)`` of one segment."""
     spectra = [from_gram(x.mT @ x) for x in (q, k)]
     L, S, scale = q.shape[2], k.shape[2], q.shape[3] ** -0.5
-    asked = torch.arange(L - 1, -1, -probe)
-    hidden = torch.arange(S) > (asked + S - L)[:, None]
+    asked = torch.arange(L - 1, -1, -probe, device=q.device)
+    hidden = torch.arange(S, device=q.device) > (asked + S - L)[:, None]
     values = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
     outs = []
     for rank in (*ranks, q.shape[3]):
@@ -190,36 +191,39 @@ def fixed_ranks(env: RankEnv, rank: int) -> Actions:
     """One rank for all."""
     if rank not in env.ranks:
         raise ValueError(f"rank: expected one of {env.ranks}, got {rank}")
-    return torch.full(env.fidelity.shape[:2], env.ranks.index(rank))
+    fidelity = env.fidelity
+    return torch.full(fidelity.shape[:2], env.ranks.index(rank), device=fidelity.device)
 
 
 def energy_ranks(env: RankEnv, share: float = 0.9) -> Actions:
     """The smallest rank that keeps ``share`` of the energy of queries, and of keys."""
     needed = energy_rank(env.energy.sqrt(), share).amax(-1)
-    return torch.searchsorted(torch.tensor(env.ranks), needed)
+    return torch.searchsorted(torch.tensor(env.ranks, device=needed.device), needed)
 
 
 def random_ranks(env: RankEnv, seed: int = 0) -> Actions:
     """Any of those that the mask allows."""
     generator = torch.Generator().manual_seed(seed)
     E, T, _ = env.fidelity.shape
+    allowed = env.allowed.cpu()  # where the generator is
     previous, rows, out = torch.full((E,), env.start), torch.arange(E), []
     for t in range(T):
-        odds = env.allowed[rows, t, previous].float()
+        odds = allowed[rows, t, previous].float()
         previous = torch.multinomial(odds, 1, generator=generator)[:, 0]
         out.append(previous)
-    return torch.stack(out, 1)
+    return torch.stack(out, 1).to(env.fidelity.device)
 
 
 def oracle(env: RankEnv) -> Actions:
     """The allowed sequence with the largest sum of rewards: no policy under the mask gets more."""
     E, T, A = env.fidelity.shape
-    ahead, best = torch.zeros(E, A), []
+    ahead, best = env.fidelity.new_zeros(E, A), []
     rewards = env.rewards.masked_fill(~env.allowed, -torch.inf)
     for t in reversed(range(T)):
         ahead, action = (rewards[:, t] + ahead[:, None]).max(-1)
         best.append(action)
-    previous, out, rows = torch.full((E,), env.start), [], torch.arange(E)
+    options = dict(device=ahead.device)
+    previous, rows, out = torch.full((E,), env.start, **options), torch.arange(E, **options), []
     for action in reversed(best):
         previous = action[rows, previous]
         out.append(previous)

@@ -103,14 +103,21 @@ class Sorted(NamedTuple):
 def sort_lists(
     lists: BlockLists, L: int, S: int, *, causal: bool, key_positions: Tensor | None = None
 ) -> Sorted:
-    """Bring the blocks that every query of the row sees whole to the front of each list."""
+    """Bring the blocks that every query of the row sees whole to the front of each list.
+
+    On a GPU nothing here makes the CPU wait: what is hidden then lies behind the last list.
+    """
     rows, state = lists.rows, _states(lists, L, S, causal, key_positions)
     total = len(lists.offsets) - 1
-    order = torch.argsort(2 * rows + (state == PARTLY), stable=True)
-    order = order[state[order] != HIDDEN]
-    seen, whole = (torch.bincount(rows[x], minlength=total) for x in (order, state == WHOLE))
+    key = torch.where(state == HIDDEN, 2 * total, 2 * rows + (state == PARTLY))
+    blocks = lists.blocks[torch.argsort(key, stable=True)]
+    seen, whole = (
+        torch.zeros_like(lists.offsets[1:]).index_add_(0, rows, counted.to(lists.offsets.dtype))
+        for counted in (state != HIDDEN, state == WHOLE)
+    )
     offsets = F.pad(seen.cumsum(0), (1, 0)).to(torch.int32)
-    return Sorted(offsets, offsets[:-1] + whole.to(torch.int32), lists.blocks[order])
+    blocks = blocks if blocks.is_cuda else blocks[: offsets[-1]]
+    return Sorted(offsets, offsets[:-1] + whole.to(torch.int32), blocks)
 
 
 def _states(lists: BlockLists, L: int, S: int, causal: bool, key_positions) -> Tensor:

@@ -31,16 +31,16 @@ SMALL = 128  # up to here one product is faster than two
 def _paley(m: int) -> Tensor:
     """``I + S`` with the skew matrix of squares modulo the prime ``m - 1``; ``[[1]]`` for 1."""
     if m == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
+        return torch.ones(1, 1, dtype=torch.float64, device="cpu")
     q = m - 1
-    square = torch.full((q,), -1.0, dtype=torch.float64)
-    square[torch.arange(1, q) ** 2 % q] = 1.0
+    square = torch.full((q,), -1.0, dtype=torch.float64, device="cpu")
+    square[torch.arange(1, q, device="cpu") ** 2 % q] = 1.0
     square[0] = 0.0
-    places = torch.arange(q)
-    skew = torch.ones(m, m, dtype=torch.float64)
+    places = torch.arange(q, device="cpu")
+    skew = torch.ones(m, m, dtype=torch.float64, device="cpu")
     skew[0, 0], skew[1:, 0] = 0.0, -1.0
     skew[1:, 1:] = square[(places[None, :] - places[:, None]) % q]
-    return skew + torch.eye(m, dtype=torch.float64)
+    return skew + torch.eye(m, dtype=torch.float64, device="cpu")
 
 
 def _is_prime(q: int) -> bool:
@@ -67,19 +67,22 @@ def hadamard_factors(n: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=16)
 def _hadamard(n: int) -> Tensor:
+    """On the CPU, whatever PyTorch's default device is: it is kept, and serves every device."""
     power, m = hadamard_factors(n)
-    H = torch.ones(1, 1, dtype=torch.float64)
+    H = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while len(H) < power:
         H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
     return torch.kron(H, _paley(m))
 
 
-def hadamard(n: int, *, dtype: torch.dtype = torch.float64) -> Shaped[Tensor, "n n"]:
-    """A matrix of 1 and -1 with ``H @ H.T == n * I``.
+def hadamard(
+    n: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
+) -> Shaped[Tensor, "n n"]:
+    """A matrix of 1 and -1 with ``H @ H.T == n * I``, on PyTorch's default device or another.
 
     Raises ValueError for sizes that `hadamard_factors` does not know.
     """
-    return _hadamard(n).to(dtype, copy=True)
+    return torch.empty(n, n, dtype=dtype, device=device).copy_(_hadamard(n))
 
 
 def fwht(x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:

@@ -133,7 +133,7 @@ def _hand_on(states: Tensor, total: Tensor, backwards: bool = False) -> Tensor:
     totals = total.unflatten(0, (heads, -1))
     if totals.shape[2] == 1 and TRIANGLE[0] <= count <= TRIANGLE[1]:
         between = totals.new_zeros(heads, count, count)
-        between[:, 1:] = torch.where(_below(count), totals[..., 0].log(), 0.0)
+        between[:, 1:] = torch.where(_below(count, totals.device), totals[..., 0].log(), 0.0)
         kept = decay_exp_(between.cumsum(1)).tril_()  # [i, j]: what chunks j to i - 1 leave
         return torch.bmm(kept.mT if backwards else kept, states.flatten(2)).view(states.shape)
     steps, each = states.unbind(1), totals.unbind(1)
@@ -145,9 +145,9 @@ def _hand_on(states: Tensor, total: Tensor, backwards: bool = False) -> Tensor:
 
 
 @functools.cache
-def _below(count: int) -> Tensor:
+def _below(count: int, device: torch.device) -> Tensor:
     """``(count - 1, count)``: whether chunk i stands at or behind state j."""
-    return torch.ones(count - 1, count, dtype=torch.bool).tril()
+    return torch.ones(count - 1, count, dtype=torch.bool, device=device).tril()
 
 
 def _product_into(target: Tensor, a: Tensor, b: Tensor) -> None:

@@ -210,7 +210,8 @@ def _cos_sin(
         )
     if positions.dim() == 2:
         positions = positions[:, None]
-    angles = positions.to(torch.float64)[..., None] * frequencies.to(x.device, torch.float64)
+    positions, frequencies = (y.to(x.device, torch.float64) for y in (positions, frequencies))
+    angles = positions[..., None] * frequencies
     wide = torch.promote_types(x.dtype, torch.float32)
     return tuple((f(angles) * attention_factor).to(wide) for f in (torch.cos, torch.sin))
 

@@ -121,7 +121,8 @@ def varlen_visible_keys(
         visible_keys(L, S, causal=causal, window=window, sinks=sinks)
         for L, S in zip(lengths_q, lengths_k, strict=True)
     ]
-    return torch.block_diag(*blocks).bool() if blocks else torch.zeros(0, 0, dtype=torch.bool)
+    visible = torch.block_diag(*blocks).bool() if blocks else torch.zeros(0, 0, dtype=torch.bool)
+    return visible.to(cu_seqlens_q.device)
 
 
 def check_varlen(

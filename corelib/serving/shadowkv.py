@@ -75,20 +75,20 @@ def shadowkv_reference(
     (B, H, L, D), (G, S) = q.shape, k.shape[1:3]
     scale = D**-0.5 if scale is None else scale
     far = max(prompt // chunk - local, 0) * chunk
-    unrotated = rope_half_split(k[:, :, :far], -torch.arange(far), frequencies)
-    places = torch.arange(S)
+    places = torch.arange(S, device=k.device)
+    unrotated = rope_half_split(k[:, :, :far], -places[:far], frequencies)
     out = q.new_zeros(B, H, L, v.shape[3])
     for b in range(B):
         u, s, vt = torch.linalg.svd(unrotated[b].transpose(0, 1).flatten(1), full_matrices=False)
         low = ((u[:, :rank] * s[:rank]) @ vt[:rank]).unflatten(1, (G, D)).transpose(0, 1)
-        rebuilt = rope_half_split(low[None], torch.arange(far), frequencies)[0]
+        rebuilt = rope_half_split(low[None], places[:far], frequencies)[0]
         for g in range(G):
             heads = slice(g * (H // G), (g + 1) * (H // G))
             exact, chosen = _choose(q[b, heads], k[b, g, :far], budget, chunk, outliers, scale)
             keys = k[b, g].clone()
             keys[:far][chosen] = rebuilt[g][chosen]
-            seen = torch.cat([exact | chosen, torch.ones(S - far, dtype=torch.bool)])
-            visible = seen & (places <= S - L + torch.arange(L)[:, None])
+            seen = torch.cat([exact | chosen, exact.new_ones(S - far)])
+            visible = seen & (places <= S - L + places[:L, None])
             scores = (q[b, heads] @ keys.T * scale).masked_fill(~visible, -torch.inf)
             out[b, heads] = scores.softmax(-1) @ v[b, g]
     return out
@@ -99,12 +99,12 @@ def _choose(q: Tensor, k: Tensor, budget: int, chunk: int, outliers: int, scale:
     chunks = k.unflatten(0, (-1, chunk))
     means = chunks.mean(1)
     cosine = F.cosine_similarity(chunks, means[:, None], dim=-1).amin(1)
-    kept = torch.zeros(len(means), dtype=torch.bool)
+    kept = torch.zeros(len(means), dtype=torch.bool, device=k.device)
     kept[cosine.argsort()[:outliers]] = True
     shares = (q @ means[~kept].T * scale).softmax(-1).sum(1).amax(0)
     best = shares.argsort(descending=True)[: budget // chunk]
     chosen = torch.zeros_like(kept)
-    chosen[torch.arange(len(means))[~kept][best]] = True
+    chosen[(~kept).nonzero()[best, 0]] = True
     return kept.repeat_interleave(chunk), chosen.repeat_interleave(chunk)
 
 

@@ -55,9 +55,9 @@ def mask_tokens(
     if (ids == mask).any():
         raise ValueError(f"mask: expected an id that ids do not hold, got {mask}")
     B, L = ids.shape
-    lengths = torch.full((B,), L) if lengths is None else lengths
-    real = torch.arange(L) < lengths[:, None]
-    draws = torch.rand(B, L, generator=generator)
+    lengths = torch.full((B,), L, device=ids.device) if lengths is None else lengths
+    real = torch.arange(L, device=ids.device) < lengths[:, None]
+    draws = torch.rand(B, L, generator=generator).to(ids.device)
     starts = draws < 1 - (1 - p) ** (1 / span)  # a position escapes `span` starts with 1 - p
     starts |= draws == draws.masked_fill(~real, 2.0).amin(1, keepdim=True)
     hidden = starts.clone()
@@ -121,7 +121,7 @@ class SelfPretrainer(nn.Module):
             options = dict(mask=self.vocab, span=self.span, lengths=lengths)
             return mask_tokens(ids, self.p, generator, **options)[:2]
         following = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)], 1)
-        filling = torch.arange(1, ids.shape[1] + 1) >= lengths[:, None]
+        filling = torch.arange(1, ids.shape[1] + 1, device=ids.device) >= lengths[:, None]
         return ids, following.masked_fill(filling, IGNORE)
 
     def score(self, said: Float[Tensor, "B L out"], targets: Ids) -> Float[Tensor, ""]:

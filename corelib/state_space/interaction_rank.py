@@ -113,8 +113,8 @@ def lag_operators(
 
 def operator_of_lags(lags: Operators) -> Float[Tensor, "n n p d"]:
     """``W_ij``: the operator of lag ``i - j`` below the diagonal and on it, zeros above."""
-    n = len(lags)
-    lag = torch.arange(n)[:, None] - torch.arange(n)
+    at = torch.arange(len(lags), device=lags.device)
+    lag = at[:, None] - at
     return torch.where((lag >= 0)[..., None, None], lags[lag.clamp(min=0)], 0.0)
 
 
@@ -164,8 +164,8 @@ def lag_attention_reference(
     x: Float[Tensor, "B n d"], coefficients: Float[Tensor, "H n"], value_maps: Maps
 ) -> Float[Tensor, "B n p"]:
     """``y_i = sum_h sum_(j <= i) coefficients[h, i - j] V_h x_j``, its weights written down."""
-    n = x.shape[1]
-    lag = torch.arange(n)[:, None] - torch.arange(n)
+    at = torch.arange(x.shape[1], device=x.device)
+    lag = at[:, None] - at
     weights = torch.where(lag >= 0, coefficients[:, lag.clamp(min=0)], 0.0)  # (H, n, n)
     return sum(w @ x @ V.mT for w, V in zip(weights, value_maps, strict=True))
 

@@ -129,7 +129,7 @@ def coupled_states(jacobian: Float[Tensor, "n n"]) -> int:
     Of a diagonal recurrence 1 (2 where a complex number is two real ones), of a dense one its size.
     """
     reach = jacobian.abs() > 1e-12 * jacobian.abs().max()
-    reach = (reach | torch.eye(len(reach), dtype=torch.bool)).double()
+    reach = (reach | torch.eye(len(reach), dtype=torch.bool, device=reach.device)).double()
     for _ in range(max(1, (len(reach) - 1).bit_length())):
         reach = (reach @ reach).clamp(max=1)
     return int((reach * reach.T).sum(1).max())

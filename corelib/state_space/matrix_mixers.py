@@ -76,7 +76,8 @@ def attention_product(p: Parameters, v: Heads) -> Heads:
 
 
 def toeplitz_matrix(p: Parameters) -> Matrices:
-    lag = torch.arange(p.shape[2])[:, None] - torch.arange(p.shape[2])
+    at = torch.arange(p.shape[2], device=p.device)
+    lag = at[:, None] - at
     return torch.where(lag >= 0, p[..., lag.abs(), 0], p[..., lag.abs(), 1])
 
 

@@ -50,7 +50,7 @@ def gaussian(A: Matrix, eps: float, *, seed: int = 0) -> Matrix:
     """A real Gaussian matrix of spectral norm ``eps``, of ``A``'s shape."""
     _check(A, eps)
     generator = torch.Generator().manual_seed(seed)
-    E = torch.randn(A.shape, generator=generator, dtype=torch.float64)
+    E = torch.randn(A.shape, generator=generator, dtype=torch.float64).to(A.device)
     return E * (eps / torch.linalg.matrix_norm(E, 2))
 
 
@@ -125,7 +125,7 @@ def transfer_function(
 ) -> Complex[Tensor, " K"]:
     """``C (s - A)^-1 B``, one dense solve for each ``s``."""
     wide = A.to(torch.complex128)
-    eye = torch.eye(A.shape[-1], dtype=wide.dtype)
+    eye = torch.eye(A.shape[-1], dtype=wide.dtype, device=A.device)
     x = torch.linalg.solve(s[:, None, None] * eye - wide, B.to(wide.dtype)[:, None])
     return (x[..., 0] * C).sum(-1)
 

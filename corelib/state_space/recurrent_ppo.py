@@ -79,9 +79,10 @@ class ActorCritic(nn.Module):
     def sample(self, law: Float[Tensor, "B K"], generator: torch.Generator) -> Tensor:
         """An action for each row."""
         if self.choices:
-            return torch.multinomial(law.softmax(-1), 1, generator=generator)[..., 0]
+            drawn = torch.multinomial(law.softmax(-1).cpu(), 1, generator=generator)
+            return drawn[..., 0].to(law.device)
         mean, log_deviation = law.chunk(2, -1)
-        noise = torch.randn(mean.shape, generator=generator, dtype=law.dtype)
+        noise = torch.randn(mean.shape, generator=generator, dtype=law.dtype).to(law.device)
         return mean + log_deviation.exp() * noise
 
     def log_prob(self, law: Float[Tensor, "*R K"], action: Tensor) -> tuple[Tensor, Tensor]:

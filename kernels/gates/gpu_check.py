@@ -1,23 +1,35 @@
-"""``make gpu-check``: the kernels' tests and short races on this machine's GPU.
+"""``make gpu-check``: the kernels' tests and races on this machine's GPU.
 
 The tests are the very ones that the interpreter runs (those that take the ``interpreter`` fixture,
-which hands out a runner on the GPU here). Where all of a kernel's tests pass, the device, the date
-and the races' times go into the report card as *run on (device, date)*; a failure records nothing.
-Without a GPU nothing is checked and nothing recorded.
+which hands out a runner on the GPU here), with tiles, warps and types that only a GPU takes. Then
+every kernel is raced at a real size (`gpu_races`), where it must agree with its peers first. Where
+a kernel module passes both, the device, the date, the versions and the races' times go into the
+report card as *run on (device, date)*; a failure records nothing. Without a GPU nothing is checked
+and nothing recorded.
+
+Compiling takes much longer than running, so that tests share the processors, and the races of all
+modules are made ready at once; the clock runs for one of them at a time.
 """
 
 from __future__ import annotations
 
 import datetime
+import json
+import multiprocessing
+import os
+import pathlib
+import queue
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from corelib.kernels.gates.refresh import tests_pass, write
+from corelib.kernels.gates.refresh import ROOT, write
 from corelib.kernels.report import SHIPPED, read, stale
+
+JOBS = max(1, min(12, (os.cpu_count() or 1) - 2))
 
 
 def target_of(device: int = 0) -> str:
@@ -28,76 +40,135 @@ def target_of(device: int = 0) -> str:
     return f"sm_{major}{minor}"
 
 
-def check(module: str, report: dict[str, Any]) -> bool:
-    """Test and race one kernel module on the GPU; note the run in ``report`` if all is well."""
-    device = torch.cuda.get_device_name()
-    print(f"· {module}: running its tests on {device}", flush=True)
-    plugin = ("-p", "corelib.kernels.gates.gpu_tests")
-    if not tests_pass(module, plugin, CORELIB_KERNELS="native"):
-        print(f"  {module} fails on {device}: nothing recorded")
-        return False
-    races = {}
-    for title, race in RACES.get(module, {}).items():
-        medians = race("cuda", 4096)
-        races[title] = {name: round(1e6 * seconds, 1) for name, seconds in medians.items()}
-        print(f"  {title}, microseconds: {races[title]}", flush=True)
-    runs = report["modules"][module]["runs"]
-    runs[:] = [run for run in runs if run["device"] != device]
-    today = datetime.date.today().isoformat()
-    runs.append({"device": device, "target": target_of(), "date": today, "microseconds": races})
-    return True
+# --- tests ----------------------------------------------------------------------------------------
 
 
-def attention_race(device: str, length: int) -> dict[str, float]:
-    """Causal GQA attention forward: median seconds of the kernel, SDPA and flex_attention."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    from corelib.kernels.flash_attention import flash_attention
-
-    q, k, v = _inputs(device, length, length)
-    causal = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device)
-    flex = torch.compile(flex_attention)
-    return _medians(
-        {
-            "kernel": lambda: flash_attention(q, k, v, causal=True),
-            "sdpa": lambda: F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=True
-            ),
-            "flex_attention": lambda: flex(q, k, v, block_mask=causal, enable_gqa=True),
-        }
-    )
-
-
-def decode_race(device: str, length: int) -> dict[str, float]:
-    """One query over a long cache: median seconds of the kernel and SDPA."""
-    from corelib.kernels.split_kv_decode import split_kv_decode
-
-    q, k, v = _inputs(device, 1, length)
-    return _medians(
-        {
-            "kernel": lambda: split_kv_decode(q, k, v, splits=16),
-            "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
-        }
-    )
+def run_tests(modules: list[str]) -> dict[str, list[str]]:
+    """Kernel module -> its tests that failed on the GPU; that none ran counts as a failure."""
+    with tempfile.TemporaryDirectory() as folder:
+        record = pathlib.Path(folder) / "tests.json"
+        command = [sys.executable, "-m", "pytest", "-q", "-n", str(JOBS), "--tb=short"]
+        command += ["-p", "corelib.kernels.gates.gpu_tests", "--record", str(record)]
+        command += [str(path) for module in modules for path in _tests_of(module)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CORELIB_KERNELS": "native"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        print("\n".join(done.stdout.splitlines()[-60 if done.returncode else -1 :]), flush=True)
+        outcomes = json.loads(record.read_text()) if record.exists() else {}
+    failed = {}
+    for module in modules:
+        names = {f"tests/kernels/{path.name}" for path in _tests_of(module)}
+        own = {test: x for test, x in outcomes.items() if test.split("::")[0] in names}
+        failed[module] = [test for test, x in own.items() if x["outcome"] != "passed"]
+        if not own:
+            failed[module] = [f"no test of {module} ran"]
+    return failed
 
 
-#: Kernel module -> what is raced -> the race, a function of device and length.
-RACES: dict[str, dict[str, Callable[[str, int], dict[str, float]]]] = {
-    "flash_attention": {"causal forward, B1 H16 G4 L4096 D64 float16": attention_race},
-    "split_kv_decode": {"decode, B1 H16 G4 S4096 D64 float16": decode_race},
-}
+def _tests_of(module: str) -> list[pathlib.Path]:
+    return [ROOT / f"tests/kernels/test_{module}.py"]
 
 
-def _inputs(device: str, L: int, S: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = (1, 16, L, 64), (1, 4, S, 64), (1, 4, S, 64)
-    return [torch.randn(shape, generator=generator).to(device, torch.float16) for shape in shapes]
+# --- races ----------------------------------------------------------------------------------------
 
 
-def _medians(contestants: dict[str, Callable[[], torch.Tensor]]) -> dict[str, float]:
+def run_races(modules: list[str]) -> dict[str, dict[str, Any]]:
+    """Kernel module -> ``{"microseconds": {race: {contestant: …}}, "problems": […]}``.
+
+    Each race's times have an entry ``floor``: what the device's measured copy bandwidth and matrix
+    rate allow at best (modelled). A module whose process died has a problem that says so.
+    """
+    from corelib.measure.hardware import this_machine
+
+    device = this_machine("cuda")
+    rates = device.bandwidth, device.peak("bfloat16")
+    print(f"  copies {rates[0] / 1e12:.2f} TB/s, bfloat16 products {rates[1] / 1e12:.0f} TFLOP/s")
+    context = multiprocessing.get_context("spawn")
+    places, clock = context.Semaphore(JOBS), context.Lock()
+    go, messages = context.Event(), context.Queue()
+    workers = {
+        module: context.Process(target=_race, args=(module, rates, places, clock, go, messages))
+        for module in modules
+    }
+    for worker in workers.values():
+        worker.start()
+    waiting, results = set(workers), {}
+    while len(results) < len(workers):
+        try:
+            module, found = messages.get(timeout=1)
+            waiting.discard(module)
+            results |= {module: found} if found is not None else {}
+        except queue.Empty:
+            for module, worker in workers.items():
+                if not worker.is_alive() and module not in results and messages.empty():
+                    problem = f"the process of its races ended with {worker.exitcode}"
+                    results[module] = {"microseconds": {}, "problems": [problem]}
+                    waiting.discard(module)
+        if not waiting:
+            go.set()
+    return results
+
+
+def _race(module: str, rates: tuple[float, float], places, clock, go, messages) -> None:
+    """In a process of its own: compile and compare everything, wait for the others, then race."""
+    from corelib.kernels.gates.gpu_races import Ground, agreeing
+    from corelib.kernels.gates.gpu_scan_races import RACES
     from corelib.measure import race
 
-    return race(contestants, min_time=0.2).medians
+    ready, result = {}, {"microseconds": {}, "problems": []}
+    for title, make in RACES.get(module, {}).items():
+        with places:
+            try:
+                contest = make(Ground("cuda"))
+                ready[title] = contest, agreeing(contest)
+            except torch.OutOfMemoryError:
+                print(f"  {module}, {title}: left out, not enough memory on this device")
+            except Exception as problem:
+                text = f"{title}: {type(problem).__name__}: {problem}"
+                result["problems"].append(text[:500])
+            torch.cuda.empty_cache()
+    messages.put((module, None))
+    go.wait()
+    for title, (contest, runners) in ready.items():
+        with clock:
+            medians = race(runners, check=None, min_time=0.1).medians
+            times = {name: round(1e6 * seconds, 1) for name, seconds in medians.items()}
+            floor = max(contest.bytes / rates[0], contest.flops / rates[1])
+            times |= {"floor": round(1e6 * floor, 1)} if floor else {}
+            print(f"  {module}, {title}, microseconds: {times}", flush=True)
+        result["microseconds"][title] = times
+        torch.cuda.empty_cache()
+    messages.put((module, result))
+
+
+# --- both -----------------------------------------------------------------------------------------
+
+
+def check(modules: list[str], report: dict[str, Any]) -> list[str]:
+    """Test and race kernel modules; note in ``report`` those where all is well, return the rest."""
+    import triton
+
+    device = torch.cuda.get_device_name()
+    print(f"· the tests of {len(modules)} kernel modules on {device}", flush=True)
+    failed = run_tests(modules)
+    good = [module for module in modules if not failed[module]]
+    print("· their races", flush=True)
+    raced = run_races(good)
+    passed = [module for module in good if not raced[module]["problems"]]
+    for module in passed:
+        runs = report["modules"][module]["runs"]
+        runs[:] = [run for run in runs if run["device"] != device]
+        today = datetime.date.today().isoformat()
+        versions = {"torch": torch.__version__, "triton": triton.__version__}
+        times = raced[module]["microseconds"]
+        runs.append(
+            {"device": device, "target": target_of(), "date": today, **versions}
+            | {"hash": report["modules"][module]["hash"], "microseconds": times}
+        )
+    for module in modules:
+        problems = failed[module] or raced[module]["problems"]
+        if problems:
+            print(f"· {module} fails on {device}, nothing recorded:", *problems, sep="\n    ")
+    return [module for module in modules if module not in passed]
 
 
 def main() -> int:
@@ -109,9 +180,9 @@ def main() -> int:
         print(f"{', '.join(changed)}: changed since the report card was made; first run")
         print("  python -m corelib.kernels.report --update")
         return 1
-    passed = [check(module, report) for module in report["modules"]]
+    failed = check(list(report["modules"]), report)
     write(report, SHIPPED)
-    return int(not all(passed))
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

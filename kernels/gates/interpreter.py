@@ -16,6 +16,7 @@ no more. (`corelib.kernels.gates.memory` looks for the commonest races by addres
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -145,6 +146,9 @@ def _mapped(function: Any, value: Any) -> Any:
         return type(value)(_mapped(function, item) for item in value)
     if isinstance(value, dict):
         return {name: _mapped(function, item) for name, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # block lists, say
+        fields = {x.name: getattr(value, x.name) for x in dataclasses.fields(value)}
+        return dataclasses.replace(value, **_mapped(function, fields))
     return value
 
 

@@ -36,7 +36,8 @@ def update(
         entry, compiled = None, []
         if name in present:
             print(f"· {name}: compiling for {', '.join(TARGETS)}", file=sys.stderr, flush=True)
-            entry = {"hash": source_hash(name), "interpreted": False, "runs": []}
+            runs = report["modules"].get(name, {}).get("runs", [])  # each says of which version
+            entry = {"hash": source_hash(name), "interpreted": False, "runs": runs}
             compiled = _compiled(name, jobs)  # an edit meanwhile makes it stale again
         _replace(name, entry, compiled, path)
     for name, entry in read(path)["modules"].items():

@@ -131,6 +131,12 @@ def test_tabular_model_continues_a_cache():
     torch.testing.assert_close(model(ids[:, 3:], cache), whole[:, 3:])
 
 
+def test_tabular_model_follows_its_ids():
+    """To a device that holds no numbers: there is one everywhere."""
+    ids = torch.zeros(1, 3, dtype=torch.long, device="meta")
+    assert TabularModel(4)(ids).device.type == "meta"
+
+
 def test_attentive_model_continues_a_cache_and_reads_all_of_it():
     model, ids, cache = AttentiveModel(4, seed=1), torch.tensor([[0, 3, 1, 2, 2]]), DenseCache()
     parts = torch.cat([model(ids[:, :2], cache), model(ids[:, 2:], cache)], 1)

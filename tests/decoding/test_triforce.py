@@ -189,6 +189,21 @@ def test_reading_a_prompt_in_pieces_numbers_positions_rightly(tiny):
     torch.testing.assert_close(model(last, whole)[0, 0], model(torch.cat([ids, last], 1))[0, -1])
 
 
+def test_models_get_their_ids_where_they_take_them(tiny):
+    """Prompts and drafts are lists, which know no device."""
+    seen, model = [], tiny()
+
+    def away(ids, cache=None):
+        seen.append(ids.device.type)
+        return model(torch.zeros(ids.shape, dtype=torch.long), cache)
+
+    read_prompt(away, [0, 1, 2, 3], SinkCache(sinks=1, recent=2), device="meta")
+    inner = model_drafter(away, 1, device="meta")
+    inner([0, 1], 2, 1)
+    chain_drafter(away, inner, 2, device="meta")([0, 1], 2, 2)
+    assert len(seen) >= 5 and set(seen) == {"meta"}
+
+
 def test_example_is_greedy_decoding():
     report, given = triforce_generate(**example()), example()
     expected = given["target"].law(given["ids"][0].tolist(), given["new"], greedy_law)

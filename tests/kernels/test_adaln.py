@@ -107,6 +107,7 @@ def test_a_large_mean_does_not_drown_the_variance(interpreter):
     torch.testing.assert_close(out.double(), want, atol=2e-3, rtol=0)
 
 
+@pytest.mark.counted
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("Lm", [1, 40])
 def test_moves_no_more_than_it_has_to(interpreter, gated, Lm):

@@ -100,6 +100,7 @@ def test_nothing_to_do(interpreter, sizes):
     assert torch.equal(got, torch.zeros(sizes[0], 2, sizes[4]))
 
 
+@pytest.mark.counted
 def test_moves_no_more_than_it_has_to(interpreter):
     from corelib.kernels.attention_column_sums import column_sum_bytes
     from corelib.measure import count_io
@@ -112,6 +113,7 @@ def test_moves_no_more_than_it_has_to(interpreter):
         assert count.bytes_moved == wanted
 
 
+@pytest.mark.counted
 def test_hidden_tiles_are_not_read(interpreter):
     """Of 2 by 2 tiles, the one of early queries and late keys is left out."""
     from corelib.measure import count_io

@@ -100,6 +100,7 @@ def test_nothing_to_do(interpreter, sizes):
     assert out.shape == (*sizes, 2) and not any(y.any() for y in grads)
 
 
+@pytest.mark.counted
 def test_moves_the_bytes_that_it_says(interpreter):
     from corelib.kernels.block_scan import backward_bytes, forward_bytes
     from corelib.measure import count_io

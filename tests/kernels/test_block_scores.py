@@ -120,6 +120,7 @@ def test_nothing_to_do(interpreter, sizes):
     assert got.shape == (sizes[0], 2, -(-sizes[3] // 4), -(-sizes[4] // 4))
 
 
+@pytest.mark.counted
 def test_moves_no_more_than_it_has_to(interpreter):
     from corelib.kernels.block_scores import block_score_bytes
     from corelib.measure import count_io
@@ -129,6 +130,7 @@ def test_moves_no_more_than_it_has_to(interpreter):
     assert count.bytes_moved == block_score_bytes(2, 2, 2, 90, 100, 32, block=8, itemsize=4)
 
 
+@pytest.mark.counted
 def test_tiles_that_are_hidden_are_not_multiplied(interpreter):
     """Of four tiles, one has 64 blocks of queries before 2 of keys: none of them is read."""
     from corelib.measure import count_io

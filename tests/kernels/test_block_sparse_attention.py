@@ -112,6 +112,7 @@ def test_large_scores_do_not_overflow(interpreter):
         torch.testing.assert_close(x.double(), y, atol=1e-2, rtol=1e-4)
 
 
+@pytest.mark.counted
 def test_reads_only_what_is_listed(interpreter):
     """Bytes moved: those of the listed blocks, and 1 % of lists."""
     pytest.importorskip("triton")

@@ -123,6 +123,7 @@ def test_s4_kernel_through_these_sums(interpreter, monkeypatch):
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
 
 
+@pytest.mark.counted
 def test_moves_no_more_than_it_has_to(interpreter):
     from corelib.kernels.cauchy import forward_bytes
     from corelib.measure import count_io
@@ -135,6 +136,7 @@ def test_moves_no_more_than_it_has_to(interpreter):
     assert count.bytes_moved < matrix
 
 
+@pytest.mark.counted
 def test_backward_moves_no_more_than_it_has_to(interpreter):
     from corelib.kernels.cauchy import backward_bytes, forward_bytes
     from corelib.measure import count_io

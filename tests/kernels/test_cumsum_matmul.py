@@ -81,6 +81,7 @@ def test_a_running_sum_of_nothing_but_what_came_before(interpreter):
     assert out[0, :64].isfinite().all() and out[0, 64:].isnan().all()
 
 
+@pytest.mark.counted
 def test_moves_no_more_than_it_has_to(interpreter):
     from corelib.kernels.cumsum_matmul import moved_bytes
     from corelib.measure import count_io

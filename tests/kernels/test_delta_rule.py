@@ -105,6 +105,7 @@ def test_nothing_to_do(interpreter):
     torch.testing.assert_close(state, options["state"])
 
 
+@pytest.mark.counted
 @pytest.mark.parametrize(("kind", "decay"), [(None, "none"), ("scalar", "scalar")])
 def test_moves_no_more_than_it_has_to(interpreter, kind, decay):
     """The errors' pass and the plain recurrence of 16-step chunks."""

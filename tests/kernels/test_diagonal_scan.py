@@ -107,6 +107,7 @@ def test_nothing_to_do(interpreter, sizes):
     assert out.shape == d_decay.shape == d_x.shape == sizes and not d_state.any()
 
 
+@pytest.mark.counted
 def test_moves_no_more_than_it_has_to(interpreter):
     from corelib.kernels.diagonal_scan import forward_bytes
     from corelib.measure import count_io
@@ -115,6 +116,7 @@ def test_moves_no_more_than_it_has_to(interpreter):
     assert count.bytes_moved == forward_bytes(1, 40, 20)
 
 
+@pytest.mark.counted
 def test_backward_moves_no_more_than_it_has_to(interpreter):
     from corelib.kernels.diagonal_scan import backward_bytes, forward_bytes
     from corelib.measure import count_io

@@ -152,6 +152,7 @@ def test_what_goes_nowhere_is_not_read(interpreter):
     assert out.isfinite().all() and not out[1].any()
 
 
+@pytest.mark.counted
 def test_moves_no_more_than_it_has_to(interpreter):
     from corelib.kernels.expert_permute import grouped_bytes, permute_bytes
     from corelib.measure import count_io

@@ -81,6 +81,7 @@ def test_any_layout_and_nothing(interpreter):
     assert out.shape == (0, 5, 21) and d_x.shape == (0, 5, 4)
 
 
+@pytest.mark.counted
 @pytest.mark.parametrize("form", FORMS)
 def test_moves_the_least_there_is(interpreter, form):
     from corelib.kernels.feature_maps import feature_bytes

@@ -162,6 +162,7 @@ def test_carried_state_in_pieces_equals_whole(interpreter, order, options):
     assert_all_close(got, expected(qkv, grads, **options))
 
 
+@pytest.mark.counted
 @pytest.mark.parametrize(
     ("L", "options"), [(128, dict(causal=True)), (160, dict(causal=True, window=17, sinks=16))]
 )
@@ -213,7 +214,10 @@ def test_every_launch_is_a_declared_specialisation():
         kernels, ("sm_80", "sm_90", "sm_100", "gfx942"),
         (torch.float16, torch.bfloat16, torch.float32), (1, 20, 64, 65, 128, 200, 256),
     ):  # fmt: skip
-        for blocks in launch.candidates_for(which, target, dtype, width, 16):
+        tiles = launch.candidates_for(which, target, dtype, width, 16)
+        if which == "dkdv":
+            tiles = flash_attention_backward.tiles_for_dkdv(target, dtype, width, 16)
+        for blocks in tiles:
             chosen = (blocks.block_m, blocks.block_n, blocks.num_warps)
             assert (kernels[which], target, *chosen) in declared
 
@@ -267,6 +271,7 @@ def test_a_carried_state_takes_no_gradient():
         flash_attention_carry(q.requires_grad_(), k, v, causal=True, q_start=0, key_start=0)
 
 
+@pytest.mark.counted
 def test_bfloat16_is_refused_by_the_interpreter(interpreter):
     from corelib.kernels.gates.interpreter import KernelError
 
@@ -345,6 +350,7 @@ def tiles_with_something_visible(L, S, options, rows=32, columns=16):
     return int(tiles.any(3).any(1).sum())
 
 
+@pytest.mark.counted
 def test_blocks_that_cannot_be_seen_are_never_read(interpreter):
     interpreter.call(f"{__file__}:check_blocks")
 

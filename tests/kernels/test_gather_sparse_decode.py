@@ -101,6 +101,7 @@ def test_nothing_to_do(interpreter, change):
     assert out.shape == (*q.shape[:3], 4) and not out.any() and (lse == -torch.inf).all()
 
 
+@pytest.mark.counted
 def test_reads_what_is_listed_and_nothing_else(interpreter):
     from corelib.kernels.gather_sparse_decode import gather_decode_bytes
     from corelib.measure import count_io

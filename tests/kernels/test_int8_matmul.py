@@ -104,6 +104,7 @@ def test_of_no_rows_and_strides(interpreter):
     agrees(x, 0.02, interpreter.call(ROTATE, x, 0.02))
 
 
+@pytest.mark.counted
 def test_moves_the_bytes_that_it_says(interpreter):
     from corelib.kernels.int8_matmul import forward_bytes, hadamard_bytes
     from corelib.measure import count_io

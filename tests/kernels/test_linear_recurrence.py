@@ -109,6 +109,7 @@ def test_nothing_to_do(interpreter, sizes):
     torch.testing.assert_close(state, options["state"])
 
 
+@pytest.mark.counted
 @pytest.mark.parametrize(
     ("kind", "decay", "L"), [(None, "none", 96), ("scalar", "scalar", 96), ("vector", "key", 16)]
 )
@@ -164,7 +165,8 @@ def check():
     """What every mutant of the kernel has to get past."""
     from corelib.kernels.gates.cases import forward_backward
 
-    for kind, sizes in (("scalar", dict(L=18, V=33)), (None, dict(L=17)), ("vector", dict(L=17))):
+    mild, strong = ("vector", dict(L=17)), ("vector", dict(L=17, strongest=3.0))
+    for kind, sizes in (("scalar", dict(L=18, V=33)), (None, dict(L=17)), mild, strong):
         qkv, options, grads = random_inputs(kind, H=2, **sizes)
         got = forward_backward(SCAN, qkv, options | dict(scale=1.5), grads)
         wanted = expected(qkv, options, grads, scale=1.5)

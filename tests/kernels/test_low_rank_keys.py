@@ -106,6 +106,7 @@ def test_nothing_to_do(interpreter):
     assert got.shape == (1, 2, 3, 8) and not got.any()
 
 
+@pytest.mark.counted
 def test_reads_each_row_of_the_factor_once(interpreter):
     from corelib.kernels.low_rank_keys import low_rank_bytes
     from corelib.measure import count_io

@@ -119,6 +119,7 @@ def test_a_part_of_the_spectrum(interpreter, keep):
     assert_equals(got, given, d_y, 512, kept=kept)
 
 
+@pytest.mark.counted
 def test_what_is_zero_is_not_multiplied(interpreter):
     """Of 32 by 16, a block whose rows and negatives are 16 and fewer: half the first product, a
     half of the second, the same back."""
@@ -130,6 +131,7 @@ def test_what_is_zero_is_not_multiplied(interpreter):
     assert half.bytes_moved < full.bytes_moved
 
 
+@pytest.mark.counted
 def test_zeros_are_not_multiplied(interpreter):
     """A causal signal on 1,024 points fills half the rows: 3 / 4 of the products of a full one."""
     from corelib.measure import count_io
@@ -222,6 +224,7 @@ def test_nothing_to_do(interpreter, shape):
     assert interpreter.call(CONV, u, kernel).shape == shape
 
 
+@pytest.mark.counted
 def test_reads_and_writes_once(interpreter):
     """Signals and gates once, plus the spectrum and the tables for each program."""
     from corelib.kernels._monarch_tables import plan_of
@@ -253,6 +256,7 @@ def test_moves_less_than_calls_to_a_library():
     assert calls > 10 * forward_bytes(B, H, L, plan_of(L, 2 * L))
 
 
+@pytest.mark.counted
 @pytest.mark.parametrize("gates", ["", "in out"])
 def test_backward_moves_the_bytes_that_it_says(interpreter, gates):
     from corelib.kernels._monarch_tables import plan_of

@@ -126,6 +126,7 @@ def test_nothing_to_do(interpreter, cell, sizes):
     assert out.shape == d_out.shape and not any(y.any() for y in grads)
 
 
+@pytest.mark.counted
 @pytest.mark.parametrize("cell", CELLS)
 def test_moves_the_bytes_that_it_says(interpreter, cell):
     from corelib.kernels.newton_rnn import forward_bytes

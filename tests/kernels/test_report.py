@@ -87,7 +87,7 @@ def made(monkeypatch):
         made_row(label="b", registers=200, spills=8, problems=["spills 8 bytes a thread"]),
         made_row(label="c", **broken, matrix_instructions=None, problems=["does not compile"]),
     ]
-    run = {"device": "Some GPU", "target": "sm_90", "date": "2031-02-03"}
+    run = {"device": "Some GPU", "target": "sm_90", "date": "2031-02-03", "hash": "h"}
     module = {"hash": "h", "interpreted": True, "runs": [run]}
     card = {"triton": "9.9", "modules": {"op": module}, "rows": rows}
     monkeypatch.setattr(report, "read", lambda path=None: card)
@@ -100,10 +100,16 @@ def test_status_says_what_happened_and_no_more(made):
     ran = "run on (Some GPU, 2031-02-03)"
     assert good["status"] == ["interpreted", "compiled for sm_90", ran]
     assert refused["status"] == ["interpreted", "refused: spills 8 bytes a thread", ran]
+    made["modules"]["op"]["hash"] = "another"
+    assert report.rows("op")[0]["status"][2] == "an earlier version run on (Some GPU, 2031-02-03)"
+    assert "has run on a GPU yet" in report.table()
+    made["modules"]["op"]["hash"] = "h"
+    assert "Ran on Some GPU, 2031-02-03: 1 of 1 modules." in report.table()
     made["modules"]["op"].update(interpreted=False, runs=[])
     assert report.rows("op")[0]["status"] == ["compiled for sm_90"]
     made["rows"][0]["target"] = "gfx942"
-    made["modules"]["op"]["runs"] = [{"device": "G", "target": "sm_90", "date": "2031-02-03"}]
+    run = {"device": "G", "target": "sm_90", "date": "2031-02-03", "hash": "h"}
+    made["modules"]["op"]["runs"] = [run]
     assert report.rows("op")[0]["status"] == ["compiled for gfx942"]
     with pytest.raises(ValueError, match=r"module: expected one of \['op'\], got 'oops'"):
         report.rows("oops")
@@ -125,3 +131,13 @@ def test_the_command_prints_the_card_without_triton():
     command = [sys.executable, "-m", "corelib.kernels.report", "--json"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == report.rows()
+
+
+def test_races_on_a_gpu_are_rows_of_their_own(made):
+    assert report.races("op") == [] and "Raced" not in report.markdown()
+    times = {"big": {"kernel": 10.0, "peer": 25.0, "floor": 4.0}}
+    made["modules"]["op"]["runs"][0]["microseconds"] = times
+    kernel, peer, floor = report.races("op")
+    assert kernel["race"] == "op: big" and peer["µs"] == "25" and peer["time ÷ kernel"] == "2.50"
+    assert floor["contestant"] == "floor (modelled)" and floor["time ÷ kernel"] == "0.40"
+    assert report.markdown().count("op: big") == 3 and report.table().count("op: big") == 3

@@ -100,6 +100,7 @@ def test_nothing_to_do(interpreter, sizes):
     torch.testing.assert_close(grads[5].flatten(), weights(given), atol=0, rtol=0)
 
 
+@pytest.mark.counted
 def test_moves_the_bytes_that_it_says(interpreter):
     from corelib.kernels.selective_scan import forward_bytes
     from corelib.measure import count_io
@@ -110,6 +111,7 @@ def test_moves_the_bytes_that_it_says(interpreter):
     assert count.bytes_moved < 4 * 2 * 2 * 5 * 70 * 2  # decays and states, written and read
 
 
+@pytest.mark.counted
 def test_backward_moves_the_bytes_that_it_says(interpreter):
     from corelib.kernels.selective_scan import backward_bytes, forward_bytes
     from corelib.measure import count_io

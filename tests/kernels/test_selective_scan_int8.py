@@ -68,6 +68,7 @@ def test_large_steps_and_strides(interpreter):
     agrees(given, *interpreter.call(TARGET, *views, SCALES))
 
 
+@pytest.mark.counted
 def test_moves_a_quarter_of_the_inputs(interpreter):
     from corelib.kernels.selective_scan_int8 import forward_bytes
     from corelib.measure import count_io

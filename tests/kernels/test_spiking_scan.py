@@ -105,6 +105,7 @@ def test_nothing_to_do(interpreter, sizes):
     assert torch.equal(after, state) and torch.equal(d_state, d_out[1])
 
 
+@pytest.mark.counted
 def test_moves_no_more_than_it_has_to(interpreter):
     from corelib.kernels.spiking_scan import backward_bytes, forward_bytes
     from corelib.measure import count_io

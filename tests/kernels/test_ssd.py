@@ -108,6 +108,7 @@ def test_nothing_to_do(interpreter, sizes):
     torch.testing.assert_close(last, given[4])
 
 
+@pytest.mark.counted
 def test_moves_the_bytes_that_it_says(interpreter):
     from corelib.kernels.ssd import forward_bytes
     from corelib.measure import count_io

@@ -132,6 +132,7 @@ def test_an_s4d_layer_through_these_sums(interpreter, monkeypatch):
     torch.testing.assert_close(layer.kernel(33), want.detach(), atol=1e-12, rtol=0)
 
 
+@pytest.mark.counted
 def test_moves_no_more_than_it_has_to(interpreter):
     from corelib.kernels.vandermonde import forward_bytes
     from corelib.measure import count_io
@@ -141,6 +142,7 @@ def test_moves_no_more_than_it_has_to(interpreter):
     assert count.bytes_moved < 8 * 2 * 16 * 300  # all powers, written once
 
 
+@pytest.mark.counted
 def test_backward_moves_no_more_than_it_has_to(interpreter):
     from corelib.kernels.vandermonde import backward_bytes, forward_bytes
     from corelib.measure import count_io

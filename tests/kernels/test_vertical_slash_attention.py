@@ -77,6 +77,7 @@ def test_what_is_not_kept_is_never_read(interpreter):
     assert_all_close(got, wanted)
 
 
+@pytest.mark.counted
 def test_moves_no_more_than_it_has_to(interpreter):
     """Columns only, of 32 queries more than keys before them: the counted bytes are the bound's."""
     from corelib.kernels.vertical_slash_attention import vertical_slash_bytes

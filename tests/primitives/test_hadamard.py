@@ -35,6 +35,17 @@ def test_sizes_of_models():
     assert hadamard_factors(4096) == (4096, 1)
 
 
+def test_matrices_follow_the_device():
+    """Those that are kept were made on a CPU, and serve where the default is another device."""
+    assert hadamard(12, device="meta").device.type == "meta"
+    x = torch.zeros(2, 96)
+    assert fwht(x).device.type == "cpu"
+    with torch.device("meta"):
+        assert fwht(torch.zeros(2, 48)).device.type == hadamard(24).device.type == "meta"
+        assert fwht(x).device.type == "cpu"
+    assert torch.equal(fwht(torch.eye(48)), hadamard(48, dtype=torch.float32).T)
+
+
 def test_one_outlier_is_spread():
     x = torch.zeros(256, dtype=torch.float64)
     x[7] = 80.0

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from corelib.measure.races import minference as raced
 from corelib.models.cache import DenseCache
 from corelib.models.decoder import Decoder, DecoderConfig
 from corelib.primitives import attention, attention_reference, visible_keys
@@ -166,6 +167,13 @@ def test_the_prompt_decides_where_not_the_sample():
         lse = vertical_slash_attention_reference(*heads[1][:3], *lines, scale=1.0, return_lse=True)
         recall.append(float(attention_recall(lse[1], dense)[..., 512:].mean()))
     assert recall[1] > 0.9 and recall[1] > recall[0] + 0.2
+
+
+def test_the_raced_sizes_hold_the_raced_heads():
+    """Beyond the short prompts of ``--quick``, which hold in heads whose lines thin out."""
+    q, k, v = planted_heads(raced.KINDS, 2048, **raced.PLANTED)[:3]
+    out = minference_attention(q, k, v, raced.patterns_for(2048), **raced.OPTIONS)
+    raced.close(out, F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0))
 
 
 def test_costs_count_what_the_kernel_computes():

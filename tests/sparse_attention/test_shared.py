@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from corelib.measure.races.minference import KINDS as RACED
+from corelib.measure.races.minference import PLANTED
 from corelib.primitives import visible_keys
 from corelib.sparse_attention.shared import KINDS, planted_heads
 
@@ -23,6 +25,19 @@ def test_lines_hold_the_attention():
     assert len(heads.columns[0]) == 3 and len(heads.distances[0]) == 2
     assert (weights(heads)[0] * kept).sum(-1)[256:].mean() > 0.9
     assert kept[256:].float().mean() < 0.02
+
+
+@pytest.mark.parametrize(("options", "least", "most"), [(PLANTED, 0.85, 1.0), ({}, 0.0, 0.7)])
+def test_lines_hold_long_prompts_only_where_they_are_pure(options, least, most):
+    """The race's heads do; the defaults are for about a thousand positions."""
+    L = 16384
+    heads = planted_heads(RACED, L, **options)
+    i, j = torch.arange(L // 2, L, 200)[:, None], torch.arange(L)
+    for h in (n for n, kind in enumerate(RACED) if kind == "vertical_slash"):
+        scores = (heads.q[0, h, i[:, 0]] @ heads.k[0, h].T).masked_fill(j > i, -torch.inf)
+        kept = torch.isin(j, torch.tensor(heads.columns[h]))
+        kept = kept | torch.isin(i - j, torch.tensor([0, *heads.distances[h]]))
+        assert least < (scores.softmax(-1) * kept).sum(-1).mean() < most
 
 
 def test_sinks_and_neighbours_hold_the_attention():

@@ -200,6 +200,14 @@ def test_lag_attention_and_its_gradients(n):
     assert_same(*results)
 
 
+def test_lags_follow_their_device():
+    lags, heads = torch.zeros(5, 2, 3, device="meta"), torch.zeros(4, 2, 3, device="meta")
+    assert interaction_rank.operator_of_lags(lags).device.type == "meta"
+    x, coefficients = (torch.zeros(size, device="meta") for size in ((2, 5, 3), (4, 5)))
+    out = interaction_rank.lag_attention_reference(x, coefficients, heads)
+    assert out.device.type == "meta"
+
+
 def test_the_trainable_one():
     torch.manual_seed(0)
     layer = LagAttention(2, 5, 3, 4).double()

@@ -27,6 +27,9 @@ from . import Row, peer, register, rows
 
 KINDS = ("a_shape", "vertical_slash", "block", "vertical_slash")
 
+#: Lines that hold the attention up to the longest prompt. With the defaults of `planted_heads` (64
+#: channels, 3 distances) they keep half of it at 16,384 positions, and no few lines are near dense.
+PLANTED = dict(D=128, strength=12.0, distances=2)
 
 #: Scores are planted for a scale of 1; few ends come before other lines, the prompts are short.
 OPTIONS = dict(scale=1.0, forced=(4, 16))
@@ -50,7 +53,7 @@ def minference_prefill(quick: bool) -> Iterator[Row]:
     lengths = (512, 1024) if quick else (1024, 2048, 4096, 8192, 16384)
 
     def contestants(L: int) -> dict[str, Callable | Missing]:
-        q, k, v = planted_heads(KINDS, L)[:3]
+        q, k, v = planted_heads(KINDS, L, **PLANTED)[:3]
         patterns = patterns_for(L)
         return {
             "corelib": lambda: minference_attention(q, k, v, patterns, **OPTIONS),
@@ -63,7 +66,7 @@ def minference_prefill(quick: bool) -> Iterator[Row]:
         }
 
     result = sweep(lengths, contestants, check=close, min_time=0.02, repeats=3)
-    shape = "B1 H4 D64 float32, planted"
+    shape = "B1 H4 D128 float32, planted"
     yield from rows(result, what="prefill", shape=shape)
 
 
@@ -71,7 +74,7 @@ def minference_prefill(quick: bool) -> Iterator[Row]:
 def minference_shapes(quick: bool) -> Iterator[Row]:
     L = 512 if quick else 8192
     for kind, pattern in zip(KINDS[:3], patterns_for(L)[:3], strict=True):
-        q, k, v = planted_heads([kind] * 4, L)[:3]
+        q, k, v = planted_heads([kind] * 4, L, **PLANTED)[:3]
         result = race(
             {
                 "corelib": lambda: minference_attention(q, k, v, pattern, **OPTIONS),  # noqa: B023
@@ -81,4 +84,4 @@ def minference_shapes(quick: bool) -> Iterator[Row]:
             },
             check=close, min_time=0.05,
         )  # fmt: skip
-        yield from rows(result, what=f"prefill, {kind}", shape=f"B1 H4 L{L} D64 float32")
+        yield from rows(result, what=f"prefill, {kind}", shape=f"B1 H4 L{L} D128 float32")

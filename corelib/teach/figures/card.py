@@ -7,30 +7,48 @@ from collections.abc import Mapping, Sequence
 
 
 class KernelCard:
-    """Rows of the report card, shown as an HTML table, and as Markdown in plain text."""
+    """Rows of the report card, shown as HTML tables, and as Markdown in plain text.
 
-    def __init__(self, rows: Sequence[Mapping[str, str]], title: str):
-        self.title, self.rows = title, list(rows)
+    ``races``: what was timed on real devices, a second table where there is something.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, str]],
+        title: str,
+        races: Sequence[Mapping[str, str]] = (),
+    ):
+        self.title, self.rows, self.races = title, list(rows), list(races)
         self.columns = list(self.rows[0])
 
+    def _tables(self) -> list[tuple[str, list[Mapping[str, str]]]]:
+        tables = [(self.title, self.rows)]
+        return tables + ([("Raced on a GPU", self.races)] if self.races else [])
+
     def _repr_html_(self) -> str:
-        head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in self.columns)
-        body = "".join(
-            "<tr>"
-            + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row.values())
-            + "</tr>"
-            for row in self.rows
-        )
-        return (
-            '<div class="kernel-card" style="overflow-x:auto"><table>'
-            f"<caption>{html.escape(self.title)}</caption>"
-            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        )
+        return "".join(_html_table(*table) for table in self._tables())
 
     def __repr__(self) -> str:
-        lines = [self.columns, ["---"] * len(self.columns), *(row.values() for row in self.rows)]
-        body = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-        return f"{self.title}\n\n{body}"
+        return "\n\n".join(_markdown_table(*table) for table in self._tables())
+
+
+def _html_table(title: str, rows: list[Mapping[str, str]]) -> str:
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row.values()) + "</tr>"
+        for row in rows
+    )
+    return (
+        '<div class="kernel-card" style="overflow-x:auto"><table>'
+        f"<caption>{html.escape(title)}</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _markdown_table(title: str, rows: list[Mapping[str, str]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    body = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return f"{title}\n\n{body}"
 
 
 def kernel_card(
@@ -42,6 +60,8 @@ def kernel_card(
 ) -> KernelCard:
     """The shipped report card as a table: the last expression of a cell.
 
+    Of one module, the races that were held on GPUs follow in a table of their own.
+
     Args:
         module: a kernel module such as ``"flash_attention"``; by default all.
         targets: only these architectures, such as ``["sm_90"]``.
@@ -52,12 +72,13 @@ def kernel_card(
     Raises:
         ValueError: no such module, or no row is left.
     """
+    raced: Sequence[Mapping[str, str]] = ()
     if rows is None:
-        from ...kernels.report import summary
+        from ...kernels.report import races, summary
 
-        rows = summary(module)
+        rows, raced = summary(module), races(module) if module else ()
     chosen = [row for row in rows if targets is None or row["target"] in targets]
     if not chosen:
         known = sorted({row["target"] for row in rows})
         raise ValueError(f"no row is left for targets {targets}: there are {known}")
-    return KernelCard(chosen, title)
+    return KernelCard(chosen, title, raced)

@@ -1,0 +1,361 @@
+"""The races of ``make gpu-check`` for recurrences and long convolutions; see `gpu_races`.
+
+fla's chunked Triton kernels are the contestants that count where fla has the operation; elsewhere
+PyTorch's own (``torch.fft``), the formula written out, and ``torch.compile`` of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from corelib.kernels.gates.gpu_races import (
+    ATTENTION_RACES,
+    HALF,
+    Contest,
+    Ground,
+    agreeing,
+    contestants_of,
+)
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _tokens_first(function: Callable) -> Callable:
+    """A function of fla, ``(B, L, H, K)``, on heads first; the copies are made by views alone."""
+    return lambda *given: _first(function(*(x.transpose(1, 2) for x in given))).transpose(1, 2)
+
+
+def recurrence(on: Ground, decay: str, backward: bool) -> Contest:
+    from corelib.kernels.linear_recurrence import linear_recurrence, scan_bytes
+    from corelib.primitives import linear_recurrence as plain_recurrence
+
+    B, H, L, K = on.size(4, 1), on.size(16, 2), on.size(4096, 40), on.size(128, 16)
+    # Tokens before heads, as layers have them and fla wants them: neither side has to copy.
+    leaves = [on.randn(B, L, H, K, dtype=on.half).transpose(1, 2) for _ in range(3)]
+    leaves[1] = leaves[1] / K**0.5
+    if decay != "none":
+        shape = (B, L, H) if decay == "scalar" else (B, L, H, K)
+        leaves.append((-0.1 * on.rand(*shape)).transpose(1, 2))
+
+    def fla() -> Callable:
+        from fla.ops.gla import chunk_gla
+        from fla.ops.linear_attn import chunk_linear_attn
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        plain = lambda q, k, v: chunk_linear_attn(q, k, v, normalize=False)  # noqa: E731
+        return _tokens_first({"none": plain, "scalar": chunk_simple_gla, "key": chunk_gla}[decay])
+
+    def kernel(q, k, v, log_decay=None):
+        return linear_recurrence(q, k, v, log_decay=log_decay)[0]
+
+    def chunked(q, k, v, log_decay=None):
+        return plain_recurrence(q, k, v, log_decay=log_decay, form="chunked")
+
+    functions = {"kernel": kernel, "fla": on.only_real(fla), "chunks in PyTorch": chunked}
+    least = scan_bytes(B * H, L, K, K, decay, leaves[0].itemsize)
+    return Contest(contestants_of(functions, leaves, backward), bytes=least, tolerance=HALF)
+
+
+def delta(on: Ground, gated: bool, backward: bool) -> Contest:
+    from corelib.kernels.delta_rule import delta_rule
+    from corelib.primitives import linear_recurrence as plain_recurrence
+
+    B, H, L, K = on.size(4, 1), on.size(16, 2), on.size(4096, 40), on.size(128, 16)
+    q, k, v = (on.randn(B, L, H, K, dtype=on.half).transpose(1, 2) for _ in range(3))
+    leaves = [q, F.normalize(k, dim=-1), v, on.rand(B, L, H, dtype=on.half).transpose(1, 2)]
+    if gated:
+        leaves.append((-0.1 * on.rand(B, L, H)).transpose(1, 2))
+
+    def fla() -> Callable:
+        from fla.ops.delta_rule import chunk_delta_rule
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        if gated:
+            return _tokens_first(lambda q, k, v, b, g: chunk_gated_delta_rule(q, k, v, g, b))
+        return _tokens_first(chunk_delta_rule)
+
+    def kernel(q, k, v, beta, log_decay=None):
+        return delta_rule(q, k, v, beta.float(), log_decay=log_decay)[0]
+
+    def chunked(q, k, v, beta, log_decay=None):
+        options = dict(log_decay=log_decay, beta=beta.float(), form="chunked")
+        return plain_recurrence(q, k, v, **options)
+
+    functions = {"kernel": kernel, "fla": on.only_real(fla), "chunks in PyTorch": chunked}
+    return Contest(contestants_of(functions, leaves, backward), tolerance=HALF)
+
+
+def state_space_duality(on: Ground, backward: bool) -> Contest:
+    from corelib.kernels.ssd import forward_bytes, ssd
+    from corelib.primitives import linear_recurrence as plain_recurrence
+
+    B, H, L = on.size(4, 1), on.size(32, 2), on.size(4096, 40)
+    K, V = on.size(128, 16), on.size(64, 16)
+    leaves = [on.randn(B, L, H, V, dtype=on.half).transpose(1, 2), -0.1 * on.rand(B, H, L)]
+    leaves += [on.randn(B, L, 1, K, dtype=on.half).transpose(1, 2) / K**0.25 for _ in range(2)]
+    state = torch.zeros(B, H, K, V, device=on.device)
+
+    def fla() -> Callable:
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        def call(values, log_decay, B, C):
+            q, k = (x.transpose(1, 2).expand(-1, -1, H, -1) for x in (C, B))
+            out = chunk_simple_gla(
+                q, k, values.transpose(1, 2), log_decay.transpose(1, 2), scale=1.0
+            )
+            return _first(out).transpose(1, 2)
+
+        return call
+
+    def chunked(values, log_decay, B, C):
+        q, k = (x.expand(-1, H, -1, -1) for x in (C, B))
+        options = dict(log_decay=log_decay, scale=1.0, form="chunked")
+        return plain_recurrence(q, k, values, **options)
+
+    functions = {
+        "kernel": lambda values, log_decay, B, C: ssd(values, log_decay, B, C, state)[0],
+        "fla": on.only_real(fla),
+        "chunks in PyTorch": chunked,
+    }
+    least = forward_bytes(B, H, 1, L, K, V, itemsize=leaves[0].itemsize)
+    return Contest(contestants_of(functions, leaves, backward), bytes=least, tolerance=HALF)
+
+
+def selective(on: Ground, backward: bool) -> Contest:
+    from corelib.kernels.selective_scan import backward_bytes, forward_bytes, selective_scan
+
+    B, D, L, N = on.size(4, 1), on.size(2048, 3), on.size(2048, 6), on.size(16, 4)
+    leaves = [on.randn(B, D, L), 0.1 * on.rand(B, D, L), -1.0 - 8 * on.rand(D, N)]
+    leaves += [on.randn(B, N, L), on.randn(B, N, L)]
+    state = torch.zeros(B, D, N, device=on.device)
+
+    def steps(u, dt, A, B, C):
+        h, out = state, []
+        for t in range(u.shape[-1]):
+            h = torch.exp(dt[..., t, None] * A) * h
+            h = h + (dt[..., t] * u[..., t])[..., None] * B[:, None, :, t]
+            out.append((h * C[:, None, :, t]).sum(-1))
+        return torch.stack(out, -1)
+
+    functions = {"kernel": lambda *given: selective_scan(*given, state)[0], "step by step": steps}
+    least = forward_bytes(B, D, L, N) + (backward_bytes(B, D, L, N) if backward else 0)
+    return Contest(contestants_of(functions, leaves, backward), bytes=least, tolerance=1e-3)
+
+
+def quantised_scan(on: Ground) -> Contest:
+    from corelib.kernels.selective_scan import selective_scan
+    from corelib.kernels.selective_scan_int8 import forward_bytes, int8_selective_scan
+
+    B, D, L, N = on.size(4, 1), on.size(2048, 3), on.size(2048, 6), on.size(16, 4)
+    scales = dict.fromkeys(("u", "dt", "B", "C", "z"), 0.02)
+    codes = {name: on.integers(255, B, D, L).sub(127).to(torch.int8) for name in ("u", "dt", "z")}
+    codes |= {name: on.integers(255, B, N, L).sub(127).to(torch.int8) for name in ("B", "C")}
+    A, skip, bias = -1.0 - on.rand(D, N), on.randn(D), on.randn(D) - 3
+    state = torch.zeros(B, D, N, device=on.device)
+    order = [codes["u"], codes["dt"], A, codes["B"], codes["C"], skip, codes["z"], bias, state]
+
+    def in_float():
+        u, dt, b, c, z = (codes[name].float() * 0.02 for name in ("u", "dt", "B", "C", "z"))
+        y = selective_scan(u, F.softplus(dt + bias[:, None]), A, b, c, state)[0]
+        return (y + skip[:, None] * u) * F.silu(z)
+
+    contestants = {
+        "kernel": lambda: int8_selective_scan(*order, scales)[0],
+        "float kernel and its prologue": in_float,
+    }
+    return Contest(contestants, bytes=forward_bytes(B, D, L, N), tolerance=1e-3)
+
+
+def diagonal(on: Ground, backward: bool) -> Contest:
+    from corelib.kernels.diagonal_scan import backward_bytes, diagonal_scan, forward_bytes
+
+    B, L, C = on.size(8, 2), on.size(4096, 40), on.size(2048, 24)
+    leaves = [0.05 + 0.9 * on.rand(B, L, C), on.randn(B, L, C)]
+
+    def fla() -> Callable:
+        from fla.ops.hgrn import fused_recurrent_hgrn
+
+        return lambda decay, x: fused_recurrent_hgrn(x, decay.log())[0]
+
+    functions = {"kernel": diagonal_scan, "fla, HGRN": on.only_real(fla)}
+    least = forward_bytes(B, L, C) + (backward_bytes(B, L, C) if backward else 0)
+    return Contest(contestants_of(functions, leaves, backward), bytes=least, tolerance=1e-3)
+
+
+def pairs(on: Ground) -> Contest:
+    from corelib.kernels.block_scan import block_scan, forward_bytes
+
+    B, L, C = on.size(8, 2), on.size(2048, 20), on.size(1024, 8)
+    leaves = [on.rand(B, L, C, 2, 2) * 0.4, on.randn(B, L, C, 2)]
+
+    def steps(blocks, x):
+        h, out = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            h = (blocks[:, t] * h[..., None, :]).sum(-1) + x[:, t]
+            out.append(h)
+        return torch.stack(out, 1)
+
+    functions = {"kernel": block_scan, "step by step": steps}
+    return Contest(
+        contestants_of(functions, leaves, False), bytes=forward_bytes(B, L, C), tolerance=1e-3
+    )
+
+
+def newton(on: Ground) -> Contest:
+    from corelib.kernels.newton_rnn import forward_bytes, newton_rnn
+
+    B, L, C = on.size(8, 2), on.size(2048, 12), on.size(1024, 8)
+    x, weights = on.randn(B, L, 3, C), 0.3 * on.randn(3, C)
+
+    def steps(x, weights):
+        from corelib.state_space.pararnn import GRU, sequential_rnn
+
+        return sequential_rnn(GRU, x, weights)
+
+    functions = {"kernel": lambda *given: newton_rnn("gru", *given), "step by step": steps}
+    least = forward_bytes("gru", B, L, C)
+    return Contest(contestants_of(functions, [x, weights], False), bytes=least, tolerance=1e-3)
+
+
+def spiking(on: Ground) -> Contest:
+    from corelib.kernels.spiking_scan import forward_bytes, spiking_scan
+
+    B, L, C = on.size(8, 2), on.size(2048, 20), on.size(1024, 8)
+    x = 2 * on.randn(B, L, C)
+
+    def steps():
+        membrane, out = torch.zeros_like(x[:, 0]), []
+        for t in range(L):
+            membrane = membrane + (x[:, t] - membrane) / 2.0
+            spikes = (membrane >= 1.0).to(x.dtype)
+            out.append(spikes)
+            membrane = membrane * (1 - spikes)
+        return torch.stack(out, 1)
+
+    contestants = {"kernel": lambda: spiking_scan(x)[0], "step by step": steps}
+    return Contest(contestants, bytes=forward_bytes(B, L, C, keep=False), tolerance=1e-4)
+
+
+def cauchy(on: Ground, backward: bool) -> Contest:
+    from corelib.kernels.cauchy import backward_bytes, cauchy_sums, forward_bytes
+
+    M, C, P, K = 4, on.size(512, 3), 32, on.size(2049, 9)
+    poles = torch.complex(-0.1 - on.rand(C, P), 3 * on.randn(C, P))
+    weights = torch.complex(on.randn(M, C, P), on.randn(M, C, P))
+    angles = torch.linspace(0, 1.5, K, device=on.device)
+    sine, cosine = angles.sin(), angles.cos()
+
+    def plain(weights, poles):
+        near = 1j * sine - poles[..., None] * cosine
+        far = 1j * sine - poles[..., None].conj() * cosine
+        return torch.einsum("mcp,cpk->mck", weights, 1 / near) + torch.einsum(
+            "mcp,cpk->mck", weights.conj(), 1 / far
+        )
+
+    def real(function):
+        return lambda *given: torch.view_as_real(function(*given))
+
+    functions = {
+        "kernel": real(lambda weights, poles: cauchy_sums(weights, poles, sine, cosine)),
+        "matrix and product": real(plain),
+    }
+    least = forward_bytes(M, C, P, K) + (backward_bytes(M, C, P, K) if backward else 0)
+    flops = 24 * C * P * K * (3 if backward else 1)
+    return Contest(
+        contestants_of(functions, [weights, poles], backward), least, flops, tolerance=1e-3
+    )
+
+
+def vandermonde(on: Ground, backward: bool) -> Contest:
+    from corelib.kernels.vandermonde import backward_bytes, forward_bytes, vandermonde_sums
+
+    C, P, L = on.size(1024, 3), 32, on.size(4096, 40)
+    rates = torch.complex(-0.01 - 0.1 * on.rand(C, P), on.randn(C, P))
+    weights = torch.complex(on.randn(C, P), on.randn(C, P))
+    t = torch.arange(L, device=on.device)
+
+    def plain(weights, rates):
+        return 2 * torch.einsum("cp,cpl->cl", weights, torch.exp(rates[..., None] * t)).real
+
+    functions = {"kernel": lambda w, r: vandermonde_sums(w, r, L), "matrix and product": plain}
+    least = forward_bytes(C, P, L) + (backward_bytes(C, P, L) if backward else 0)
+    return Contest(
+        contestants_of(functions, [weights, rates], backward), bytes=least, tolerance=3e-3
+    )
+
+
+def long_convolution(on: Ground, gated: bool, backward: bool) -> Contest:
+    from corelib.kernels.monarch_fft_conv import monarch_fft_conv
+
+    B, H, L = on.size(16, 2), on.size(768, 3), on.size(2048, 100)
+    dtype = torch.float16 if not on.small else torch.float32
+    leaves = [on.randn(B, H, L, dtype=dtype), on.randn(H, L) / L]
+    leaves += [on.randn(B, H, L, dtype=dtype) for _ in range(2 * gated)]
+
+    def by_fft(u, kernel, in_gate=None, out_gate=None):
+        x = u if in_gate is None else u * in_gate
+        spectrum = torch.fft.rfft(x.float(), 2 * L) * torch.fft.rfft(kernel, 2 * L)
+        y = torch.fft.irfft(spectrum, 2 * L)[..., :L].to(u.dtype)
+        return y if out_gate is None else y * out_gate
+
+    functions = {
+        "kernel": monarch_fft_conv,
+        "torch.fft": by_fft,
+        "torch.fft, compiled": on.compiled(by_fft),
+    }
+    least = (2 + 2 * gated) * leaves[0].nbytes * (2.5 if backward else 1)
+    return Contest(contestants_of(functions, leaves, backward), bytes=int(least), tolerance=HALF)
+
+
+def _ways(race: Callable[..., Contest], title: str, *options: Any) -> dict[str, Callable]:
+    return {
+        title: lambda on: race(on, *options, False),
+        f"{title}, with backward": lambda on: race(on, *options, True),
+    }
+
+
+#: Kernel module -> what is raced -> the race.
+SCAN_RACES: dict[str, dict[str, Callable[[Ground], Contest]]] = {
+    "linear_recurrence": {
+        **_ways(recurrence, "no decay, B4 H16 L4096 K128", "none"),
+        **_ways(recurrence, "a decay a head", "scalar"),
+        **_ways(recurrence, "a decay a channel", "key"),
+    },
+    "delta_rule": {
+        **_ways(delta, "B4 H16 L4096 K128", False),
+        **_ways(delta, "gated", True),
+    },
+    "ssd": _ways(state_space_duality, "B4 H32 L4096 K128 V64"),
+    "selective_scan": _ways(selective, "B4 D2048 L2048 N16 float32"),
+    "selective_scan_int8": {"B4 D2048 L2048 N16": quantised_scan},
+    "diagonal_scan": _ways(diagonal, "B8 L4096 C2048 float32"),
+    "block_scan": {"B8 L2048 C1024 float32": pairs},
+    "newton_rnn": {"GRU, B8 L2048 C1024 float32": newton},
+    "spiking_scan": {"B8 L2048 C1024 float32": spiking},
+    "cauchy": _ways(cauchy, "4 sums, 512 channels, 32 poles, 2049 frequencies"),
+    "vandermonde": _ways(vandermonde, "1024 channels, 32 poles, 4096 taps"),
+    "monarch_fft_conv": {
+        **_ways(long_convolution, "B16 H768 L2048 float16", False),
+        **_ways(long_convolution, "gated", True),
+    },
+}
+
+RACES = {**ATTENTION_RACES, **SCAN_RACES}
+
+
+def agree_on_small_ground(module: str) -> dict[str, list[str]]:
+    """In a process that interprets: each race of a kernel module at a small size, and who agreed.
+
+    Raises ValueError where a contestant computes something else than the kernel.
+    """
+    return {
+        title: list(agreeing(make(Ground("cpu", small=True))))
+        for title, make in RACES[module].items()
+    }
