@@ -74,8 +74,9 @@ def _tests_of(module: str) -> list[pathlib.Path]:
 def run_races(modules: list[str]) -> dict[str, dict[str, Any]]:
     """Kernel module -> ``{"microseconds": {race: {contestant: …}}, "problems": […]}``.
 
-    Each race's times have an entry ``floor``: what the device's measured copy bandwidth and matrix
-    rate allow at best (modelled). A module whose process died has a problem that says so.
+    Each race's times have an entry ``floor``: the time that its bytes and operations take at the
+    device's measured copy bandwidth and matrix rate (modelled). A module whose process died has a
+    problem that says so.
     """
     from corelib.measure.hardware import this_machine
 
@@ -126,6 +127,7 @@ def _race(module: str, rates: tuple[float, float], places, clock, go, messages) 
                 text = f"{title}: {type(problem).__name__}: {problem}"
                 result["problems"].append(text[:500])
             torch.cuda.empty_cache()
+    print(f"  {module}: ready", flush=True)
     messages.put((module, None))
     go.wait()
     for title, (contest, runners) in ready.items():

@@ -4,7 +4,8 @@ A race is a function of a `Ground` (a device, and whether sizes are small enough
 and returns a `Contest`. The contestants must agree before the clock starts, so that every race is
 also a test of its kernel at a real size, in the type that it is meant for. ``bytes`` and ``flops``
 are the least that has to be moved and multiplied: with the device's own measured copy bandwidth and
-matrix rate they give the *floor*, a modelled time that nothing can beat.
+matrix rate they give the *floor*, a modelled time. What mostly reads, or finds its inputs in a
+cache, can come out a little below it: a copy writes half of what it moves.
 
 `gpu_scan_races` has the recurrences; this file has attention, products and what goes with them.
 """
