@@ -111,8 +111,8 @@ def run_races(modules: list[str]) -> dict[str, dict[str, Any]]:
 
 def _race(module: str, rates: tuple[float, float], places, clock, go, messages) -> None:
     """In a process of its own: compile and compare everything, wait for the others, then race."""
-    from corelib.kernels.gates.gpu_races import Ground, agreeing
-    from corelib.kernels.gates.gpu_scan_races import RACES
+    from corelib.kernels.gates.gpu_ground import Ground, agreeing
+    from corelib.kernels.gates.gpu_races import RACES
     from corelib.measure import race
 
     ready, result = {}, {"microseconds": {}, "problems": []}

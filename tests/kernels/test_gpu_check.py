@@ -10,7 +10,7 @@ from corelib.kernels import report
 @pytest.mark.parametrize("module", report.kernel_modules())
 def test_kernels_and_their_peers_compute_the_same(interpreter, module):
     """Each race at a small size."""
-    found = interpreter.call("corelib.kernels.gates.gpu_scan_races:agree_on_small_ground", module)
+    found = interpreter.call("corelib.kernels.gates.gpu_races:agree_on_small_ground", module)
     assert found, f"{module} has no race"
     for title, names in found.items():
         assert names[0].startswith("kernel"), title
@@ -21,7 +21,7 @@ def test_kernels_and_their_peers_compute_the_same(interpreter, module):
 def test_a_peer_that_computes_something_else_is_refused():
     import torch
 
-    from corelib.kernels.gates.gpu_races import Contest, agreeing
+    from corelib.kernels.gates.gpu_ground import Contest, agreeing
 
     one = torch.ones(3)
     good = {"kernel": lambda: one, "peer": lambda: one + 1e-6, "broken": lambda: 1 / 0}

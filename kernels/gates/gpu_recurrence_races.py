@@ -1,7 +1,7 @@
-"""The races of ``make gpu-check`` for recurrences and long convolutions; see `gpu_races`.
+"""Races of the recurrences' kernels; see `gpu_ground`.
 
 fla's chunked Triton kernels are the contestants that count where fla has the operation; elsewhere
-PyTorch's own (``torch.fft``), the formula written out, and ``torch.compile`` of it.
+it is the same in chunks, or step by step, in PyTorch.
 """
 
 from __future__ import annotations
@@ -13,14 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corelib.kernels.gates.gpu_races import (
-    ATTENTION_RACES,
-    HALF,
-    Contest,
-    Ground,
-    agreeing,
-    contestants_of,
-)
+from corelib.kernels.gates.gpu_ground import HALF, Contest, Ground, both_titles, contestants_of
 
 
 def _first(result: Any) -> Tensor:
@@ -243,119 +236,22 @@ def spiking(on: Ground) -> Contest:
     return Contest(contestants, bytes=forward_bytes(B, L, C, keep=False), tolerance=1e-4)
 
 
-def cauchy(on: Ground, backward: bool) -> Contest:
-    from corelib.kernels.cauchy import backward_bytes, cauchy_sums, forward_bytes
-
-    M, C, P, K = 4, on.size(512, 3), 32, on.size(2049, 9)
-    poles = torch.complex(-0.1 - on.rand(C, P), 3 * on.randn(C, P))
-    weights = torch.complex(on.randn(M, C, P), on.randn(M, C, P))
-    angles = torch.linspace(0, 1.5, K, device=on.device)
-    sine, cosine = angles.sin(), angles.cos()
-
-    def plain(weights, poles):
-        near = 1j * sine - poles[..., None] * cosine
-        far = 1j * sine - poles[..., None].conj() * cosine
-        return torch.einsum("mcp,cpk->mck", weights, 1 / near) + torch.einsum(
-            "mcp,cpk->mck", weights.conj(), 1 / far
-        )
-
-    def real(function):
-        return lambda *given: torch.view_as_real(function(*given))
-
-    functions = {
-        "kernel": real(lambda weights, poles: cauchy_sums(weights, poles, sine, cosine)),
-        "matrix and product": real(plain),
-    }
-    least = forward_bytes(M, C, P, K) + (backward_bytes(M, C, P, K) if backward else 0)
-    flops = 24 * C * P * K * (3 if backward else 1)
-    return Contest(
-        contestants_of(functions, [weights, poles], backward), least, flops, tolerance=1e-3
-    )
-
-
-def vandermonde(on: Ground, backward: bool) -> Contest:
-    from corelib.kernels.vandermonde import backward_bytes, forward_bytes, vandermonde_sums
-
-    C, P, L = on.size(1024, 3), 32, on.size(4096, 40)
-    rates = torch.complex(-0.01 - 0.1 * on.rand(C, P), on.randn(C, P))
-    weights = torch.complex(on.randn(C, P), on.randn(C, P))
-    t = torch.arange(L, device=on.device)
-
-    def plain(weights, rates):
-        return 2 * torch.einsum("cp,cpl->cl", weights, torch.exp(rates[..., None] * t)).real
-
-    functions = {"kernel": lambda w, r: vandermonde_sums(w, r, L), "matrix and product": plain}
-    least = forward_bytes(C, P, L) + (backward_bytes(C, P, L) if backward else 0)
-    return Contest(
-        contestants_of(functions, [weights, rates], backward), bytes=least, tolerance=3e-3
-    )
-
-
-def long_convolution(on: Ground, gated: bool, backward: bool) -> Contest:
-    from corelib.kernels.monarch_fft_conv import monarch_fft_conv
-
-    B, H, L = on.size(16, 2), on.size(768, 3), on.size(2048, 100)
-    dtype = torch.float16 if not on.small else torch.float32
-    leaves = [on.randn(B, H, L, dtype=dtype), on.randn(H, L) / L]
-    leaves += [on.randn(B, H, L, dtype=dtype) for _ in range(2 * gated)]
-
-    def by_fft(u, kernel, in_gate=None, out_gate=None):
-        x = u if in_gate is None else u * in_gate
-        spectrum = torch.fft.rfft(x.float(), 2 * L) * torch.fft.rfft(kernel, 2 * L)
-        y = torch.fft.irfft(spectrum, 2 * L)[..., :L].to(u.dtype)
-        return y if out_gate is None else y * out_gate
-
-    functions = {
-        "kernel": monarch_fft_conv,
-        "torch.fft": by_fft,
-        "torch.fft, compiled": on.compiled(by_fft),
-    }
-    least = (2 + 2 * gated) * leaves[0].nbytes * (2.5 if backward else 1)
-    return Contest(contestants_of(functions, leaves, backward), bytes=int(least), tolerance=HALF)
-
-
-def _ways(race: Callable[..., Contest], title: str, *options: Any) -> dict[str, Callable]:
-    return {
-        title: lambda on: race(on, *options, False),
-        f"{title}, with backward": lambda on: race(on, *options, True),
-    }
-
-
 #: Kernel module -> what is raced -> the race.
-SCAN_RACES: dict[str, dict[str, Callable[[Ground], Contest]]] = {
+RECURRENCE_RACES: dict[str, dict[str, Callable[[Ground], Contest]]] = {
     "linear_recurrence": {
-        **_ways(recurrence, "no decay, B4 H16 L4096 K128", "none"),
-        **_ways(recurrence, "a decay a head", "scalar"),
-        **_ways(recurrence, "a decay a channel", "key"),
+        **both_titles(recurrence, "no decay, B4 H16 L4096 K128", "none"),
+        **both_titles(recurrence, "a decay a head", "scalar"),
+        **both_titles(recurrence, "a decay a channel", "key"),
     },
     "delta_rule": {
-        **_ways(delta, "B4 H16 L4096 K128", False),
-        **_ways(delta, "gated", True),
+        **both_titles(delta, "B4 H16 L4096 K128", False),
+        **both_titles(delta, "gated", True),
     },
-    "ssd": _ways(state_space_duality, "B4 H32 L4096 K128 V64"),
-    "selective_scan": _ways(selective, "B4 D2048 L2048 N16 float32"),
+    "ssd": both_titles(state_space_duality, "B4 H32 L4096 K128 V64"),
+    "selective_scan": both_titles(selective, "B4 D2048 L2048 N16 float32"),
     "selective_scan_int8": {"B4 D2048 L2048 N16": quantised_scan},
-    "diagonal_scan": _ways(diagonal, "B8 L4096 C2048 float32"),
+    "diagonal_scan": both_titles(diagonal, "B8 L4096 C2048 float32"),
     "block_scan": {"B8 L2048 C1024 float32": pairs},
     "newton_rnn": {"GRU, B8 L2048 C1024 float32": newton},
     "spiking_scan": {"B8 L2048 C1024 float32": spiking},
-    "cauchy": _ways(cauchy, "4 sums, 512 channels, 32 poles, 2049 frequencies"),
-    "vandermonde": _ways(vandermonde, "1024 channels, 32 poles, 4096 taps"),
-    "monarch_fft_conv": {
-        **_ways(long_convolution, "B16 H768 L2048 float16", False),
-        **_ways(long_convolution, "gated", True),
-    },
 }
-
-RACES = {**ATTENTION_RACES, **SCAN_RACES}
-
-
-def agree_on_small_ground(module: str) -> dict[str, list[str]]:
-    """In a process that interprets: each race of a kernel module at a small size, and who agreed.
-
-    Raises ValueError where a contestant computes something else than the kernel.
-    """
-    return {
-        title: list(agreeing(make(Ground("cpu", small=True))))
-        for title, make in RACES[module].items()
-    }
