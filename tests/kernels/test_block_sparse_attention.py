@@ -125,6 +125,24 @@ def test_reads_only_what_is_listed(interpreter):
     assert least <= count.bytes_moved <= 1.01 * least
 
 
+def test_what_lies_behind_the_last_list_reads_nothing():
+    """On a GPU hidden blocks are sorted to the end, not cut off: turned round, nobody has them."""
+    pytest.importorskip("triton")
+    from corelib.kernels.block_sparse_attention_backward import transposed_lists
+    from corelib.primitives.block_sparse import sort_lists
+
+    _, lists, _, _ = random_case(1, 4, 2, 96, 96, 16, 16, 16, density=0.6)
+    offsets, middles, blocks = sort_lists(lists, 96, 96, causal=True)
+    hidden = len(lists.blocks) - len(blocks)
+    assert hidden > 0
+    tail = torch.cat([blocks, torch.full((hidden,), 5, dtype=blocks.dtype)])
+    wanted = transposed_lists((offsets, middles, blocks), lists.shape, 2)
+    got = transposed_lists((offsets, middles, tail), lists.shape, 2)
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+    assert torch.equal(got[2][: len(blocks)], wanted[2])
+    assert int(wanted[0][-1]) == len(blocks)
+
+
 def test_the_launcher_uses_declared_tiles():
     from corelib.kernels.block_sparse_attention import SHIPPED, SPECIALISATIONS, tile_for
 
