@@ -37,7 +37,8 @@ def kernel_page() -> str:
         "Every Triton kernel here is tried without a GPU: **interpreted**, its results and "
         "gradients equal to the PyTorch reference; **compiled** offline for NVIDIA sm_80, sm_90 "
         "and sm_100 and AMD gfx942, the numbers below read from the compiled code. Where it was "
-        "also *run on* a GPU, the device and the date are named. A range spans a kernel's "
+        "also *run on* a GPU, the device and the date are named, and its races there follow; the "
+        "*floor* is modelled from the device's own copy bandwidth. A range spans a kernel's "
         "specialisations (data types, head widths, masks).",
         "Occupancy is the share of a processor's resident threads that registers and shared "
         "memory leave room for. A spill is a register that did not fit and went to memory; there "
@@ -55,7 +56,7 @@ def kernel_page() -> str:
 def _section(module: str, rows: Sequence[dict[str, str]]) -> list[str]:
     document = f"api/corelib.kernels.{module}"
     status = dict.fromkeys(text for row in rows for text in row["status"].split("; "))
-    if not any(text.startswith("run on") for text in status):
+    if not any("run on" in text for text in status):
         status["never run on a GPU"] = None
     head = [*COLUMNS, "matrix instructions"]
     table = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
@@ -66,7 +67,25 @@ def _section(module: str, rows: Sequence[dict[str, str]]) -> list[str]:
         f"## {escape(module)}",
         f"{{.facts}}\n{source}: {escape(', '.join(status))}",
         "\n".join(table),
+        *_races(module),
     ]
+
+
+def _races(module: str) -> list[str]:
+    """What a GPU took for the kernel and for what a user would call instead."""
+    raced = report.races(module)
+    if not raced:
+        return []
+    columns = ("race", "contestant", "µs", "time ÷ kernel")
+    table = [f"| {' | '.join(columns)} |", "| --- | --- | ---: | ---: |"]
+    for before, row in zip([None, *raced], raced, strict=False):
+        shown = {**row, "race": row["race"].partition(": ")[2]}
+        if before and before["race"] == row["race"]:
+            shown["race"] = ""
+        table.append(f"| {' | '.join(escape(shown[column]) for column in columns)} |")
+    where = ", ".join(dict.fromkeys(row["measured on"] for row in raced))
+    how = f"Raced on a GPU ({escape(where)}); medians, launching included:"
+    return [how, "\n".join(table)]
 
 
 def _cells(row: dict[str, str], before: dict[str, str] | None) -> list[str]:

@@ -39,7 +39,7 @@ def _html_table(title: str, rows: list[Mapping[str, str]]) -> str:
         for row in rows
     )
     return (
-        '<div class="kernel-card" style="overflow-x:auto"><table>'
+        '<div class="kernel-card" style="overflow-x:auto;white-space:nowrap"><table>'
         f"<caption>{html.escape(title)}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
