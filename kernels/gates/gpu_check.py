@@ -49,23 +49,22 @@ def run_tests(modules: list[str]) -> dict[str, list[str]]:
         record = pathlib.Path(folder) / "tests.json"
         command = [sys.executable, "-m", "pytest", "-q", "-n", str(JOBS), "--tb=short"]
         command += ["-p", "corelib.kernels.gates.gpu_tests", "--record", str(record)]
-        command += [str(path) for module in modules for path in _tests_of(module)]
+        command += [str(ROOT / _tests_of(module)) for module in modules]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CORELIB_KERNELS": "native"}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         print("\n".join(done.stdout.splitlines()[-60 if done.returncode else -1 :]), flush=True)
         outcomes = json.loads(record.read_text()) if record.exists() else {}
     failed = {}
     for module in modules:
-        names = {f"tests/kernels/{path.name}" for path in _tests_of(module)}
-        own = {test: x for test, x in outcomes.items() if test.split("::")[0] in names}
+        own = {test: x for test, x in outcomes.items() if test.startswith(f"{_tests_of(module)}::")}
         failed[module] = [test for test, x in own.items() if x["outcome"] != "passed"]
         if not own:
             failed[module] = [f"no test of {module} ran"]
     return failed
 
 
-def _tests_of(module: str) -> list[pathlib.Path]:
-    return [ROOT / f"tests/kernels/test_{module}.py"]
+def _tests_of(module: str) -> str:
+    return f"tests/kernels/test_{module}.py"
 
 
 # --- races ----------------------------------------------------------------------------------------

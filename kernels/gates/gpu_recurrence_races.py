@@ -21,7 +21,7 @@ def _first(result: Any) -> Tensor:
 
 
 def _tokens_first(function: Callable) -> Callable:
-    """A function of fla, ``(B, L, H, K)``, on heads first; the copies are made by views alone."""
+    """A function of fla, ``(B, L, H, K)``, on heads first: views, no copies."""
     return lambda *given: _first(function(*(x.transpose(1, 2) for x in given))).transpose(1, 2)
 
 
@@ -30,7 +30,7 @@ def recurrence(on: Ground, decay: str, backward: bool) -> Contest:
     from corelib.primitives import linear_recurrence as plain_recurrence
 
     B, H, L, K = on.size(4, 1), on.size(16, 2), on.size(4096, 40), on.size(128, 16)
-    # Tokens before heads, as layers have them and fla wants them: neither side has to copy.
+    # Tokens before heads, as layers have them: fla takes that as it is, the kernel copies first.
     leaves = [on.randn(B, L, H, K, dtype=on.half).transpose(1, 2) for _ in range(3)]
     leaves[1] = leaves[1] / K**0.5
     if decay != "none":
@@ -123,21 +123,17 @@ def state_space_duality(on: Ground, backward: bool) -> Contest:
 
 def selective(on: Ground, backward: bool) -> Contest:
     from corelib.kernels.selective_scan import backward_bytes, forward_bytes, selective_scan
+    from corelib.primitives.selective_scan import selective_scan_reference
 
     B, D, L, N = on.size(4, 1), on.size(2048, 3), on.size(2048, 6), on.size(16, 4)
     leaves = [on.randn(B, D, L), 0.1 * on.rand(B, D, L), -1.0 - 8 * on.rand(D, N)]
     leaves += [on.randn(B, N, L), on.randn(B, N, L)]
     state = torch.zeros(B, D, N, device=on.device)
 
-    def steps(u, dt, A, B, C):
-        h, out = state, []
-        for t in range(u.shape[-1]):
-            h = torch.exp(dt[..., t, None] * A) * h
-            h = h + (dt[..., t] * u[..., t])[..., None] * B[:, None, :, t]
-            out.append((h * C[:, None, :, t]).sum(-1))
-        return torch.stack(out, -1)
-
-    functions = {"kernel": lambda *given: selective_scan(*given, state)[0], "step by step": steps}
+    functions = {
+        "kernel": lambda *given: selective_scan(*given, state)[0],
+        "step by step": selective_scan_reference,
+    }
     least = forward_bytes(B, D, L, N) + (backward_bytes(B, D, L, N) if backward else 0)
     return Contest(contestants_of(functions, leaves, backward), bytes=least, tolerance=1e-3)
 
@@ -219,20 +215,15 @@ def newton(on: Ground) -> Contest:
 
 def spiking(on: Ground) -> Contest:
     from corelib.kernels.spiking_scan import forward_bytes, spiking_scan
+    from corelib.primitives.spiking_scan import spiking_scan_reference
 
     B, L, C = on.size(8, 2), on.size(2048, 20), on.size(1024, 8)
     x = 2 * on.randn(B, L, C)
 
-    def steps():
-        membrane, out = torch.zeros_like(x[:, 0]), []
-        for t in range(L):
-            membrane = membrane + (x[:, t] - membrane) / 2.0
-            spikes = (membrane >= 1.0).to(x.dtype)
-            out.append(spikes)
-            membrane = membrane * (1 - spikes)
-        return torch.stack(out, 1)
-
-    contestants = {"kernel": lambda: spiking_scan(x)[0], "step by step": steps}
+    contestants = {
+        "kernel": lambda: spiking_scan(x)[0],
+        "step by step": lambda: spiking_scan_reference(x)[0],
+    }
     return Contest(contestants, bytes=forward_bytes(B, L, C, keep=False), tolerance=1e-4)
 
 

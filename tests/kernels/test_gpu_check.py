@@ -1,5 +1,8 @@
 """What `make gpu-check` does, as far as it shows without a GPU."""
 
+import json
+import pathlib
+
 import pytest
 
 from corelib.kernels import report
@@ -61,3 +64,29 @@ def test_what_passed_is_recorded_with_its_versions_and_what_failed_is_not(monkey
     assert run["device"] == "Some GPU" and run["target"] == "sm_90" and run["hash"] == "a"
     assert run["torch"] == torch.__version__ and run["microseconds"] == {"race": {"kernel": 1.0}}
     assert card["modules"]["b"]["runs"] == card["modules"]["c"]["runs"] == []
+
+
+def test_a_module_fails_with_its_own_tests_and_when_none_ran(monkeypatch):
+    from types import SimpleNamespace
+
+    from corelib.kernels.gates import gpu_check
+
+    outcomes = {
+        "tests/kernels/test_ssd.py::test_good": {"outcome": "passed"},
+        "tests/kernels/test_selective_scan.py::test_good": {"outcome": "passed"},
+        "tests/kernels/test_selective_scan_int8.py::test_bad": {"outcome": "failed"},
+    }
+
+    def run(command, **options):
+        assert options["env"]["CORELIB_KERNELS"] == "native"
+        pathlib.Path(command[command.index("--record") + 1]).write_text(json.dumps(outcomes))
+        return SimpleNamespace(stdout="", returncode=1)
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    failed = gpu_check.run_tests(["ssd", "selective_scan", "selective_scan_int8", "adaln"])
+    assert failed == {
+        "ssd": [],
+        "selective_scan": [],
+        "selective_scan_int8": ["tests/kernels/test_selective_scan_int8.py::test_bad"],
+        "adaln": ["no test of adaln ran"],
+    }
