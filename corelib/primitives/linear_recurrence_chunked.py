@@ -2,7 +2,8 @@
 
 Within a chunk the outputs are a masked product, as in attention; between chunks only the state is
 handed on. Everything else is the same for all chunks and done for several at a time: as many as
-make `SLAB` numbers, so that what is worked on stays in a core's cache. In the names of
+make `SLAB` numbers for each thread, so that what is worked on stays in the cores' caches and its
+memory is used again. In the names of
 `linear_recurrence_decay`, S being the state before a chunk and S' the one after:
 
     out = scores v + read S            S' = total S + write^T v
@@ -20,19 +21,16 @@ computed again.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .decay_exp import decay_exp_
-from .linear_recurrence_decay import ChunkDecay, NoDecay, StrongHeadDecay, plain_width, sums_from
+from .linear_recurrence_decay import ChunkDecay, NoDecay, StrongHeadDecay, plain_width, sums_from_
 
 CHUNK = 64
-TRIANGLE = 18, 72  # so many states are handed on by one product; fewer are as quick in a loop
-SLAB = 1 << 19  # numbers of an array that are worked on at a time
+SLAB = 1 << 18  # numbers of an array that a thread works on at a time
 
 
 def chunked(
@@ -55,10 +53,9 @@ class _Chunked(torch.autograd.Function):
             running = state[heads]
             for at in slabs:
                 here = (None if x is None else x[at] for x in (*parts, out))
-                states = _forward(*here, running, scale)
-                running = states[:, -1]
+                states, running = _forward(*here, running, scale)
                 if keep:
-                    kept.append(states)
+                    kept += states, running
             final[heads] = running
         ctx.save_for_backward(q, k, v, log_decay, *kept)
         ctx.scale, ctx.chunk = scale, chunk
@@ -75,87 +72,70 @@ class _Chunked(torch.autograd.Function):
             running = d_final[heads]
             for at in reversed(slabs):
                 here = (None if x is None else x[at] for x in (*parts, *grads))
-                running = _backward(*here, states.pop(), running, ctx.scale)
+                after, before = states.pop(), states.pop()
+                running = _backward(*here, before, after, running, ctx.scale)
             d_state[heads] = running
         joined = [None if x is None else _join(x, y) for x, y in zip(grads, inputs, strict=True)]
         return *joined, d_state, None
 
 
-def _forward(q, k, v, log_decay, out, state, scale) -> Tensor:
+def _forward(q, k, v, log_decay, out, state, scale) -> tuple[Tensor, Tensor]:
     """Chunks ``q (heads * chunks, C, K)`` and ``state (heads, K, V)``: fills ``out``.
 
-    Returns the states before each chunk and after the last, ``(heads, chunks + 1, K, V)``.
+    Returns the states before each chunk, ``(heads * chunks, K, V)``, and the one after the last.
     """
     here = _decay(q, k, log_decay)
-    states = state.new_empty(len(state), 1 + len(q) // len(state), *state.shape[1:])
-    states[:, 0] = state
-    _product_into(states[:, 1:], here.write.mT, v)
-    states = _hand_on(states, here.total)
     torch.bmm(here.scores, v, out=out)
-    out.baddbmm_(here.read, states[:, :-1].flatten(0, 1), beta=scale, alpha=scale)
-    return states
+    here.scores = None  # the states take its memory, which is in the cache
+    states, after = _hand_on(here.write.mT, v, here.total, state)
+    out.baddbmm_(here.read, states, beta=scale, alpha=scale)
+    return states, after
 
 
-def _backward(q, k, v, log_decay, d_out, d_q, d_k, d_v, d_decay, states, d_state, scale) -> Tensor:
+def _backward(
+    q, k, v, log_decay, d_out, d_q, d_k, d_v, d_decay, states, after, d_state, scale
+) -> Tensor:
     """Fills the gradients of the inputs; returns that of the state before the first chunk.
 
-    ``states``: of `_forward`; ``d_state``: of the last of them.
+    ``states`` and ``after``: what `_forward` returned; ``d_state``: of ``after``.
     """
     d_out = d_out * scale
     here = _decay(q, k, log_decay, keep=True)
-    d_states = torch.empty_like(states)
-    d_states[:, -1] = d_state
-    _product_into(d_states[:, :-1], here.read.mT, d_out)
-    d_states = _hand_on(d_states, here.total, backwards=True)
-    d_afters = d_states[:, 1:].flatten(0, 1)
+    d_afters, d_first = _hand_on(here.read.mT, d_out, here.total, d_state, backwards=True)
     torch.bmm(here.scores.mT, d_out, out=d_v).baddbmm_(here.write, d_afters)
-    torch.bmm(d_out, states[:, :-1].flatten(0, 1).mT, out=d_q)
+    torch.bmm(d_out, states.mT, out=d_q)
     torch.bmm(v, d_afters.mT, out=d_k)
     d_sum = here.pull(torch.bmm(d_out, v.mT).tril_(), d_q, d_k)
     if d_sum is not None:
-        ends = (states[:, 1:].flatten(0, 1) * d_afters).sum(-1)[:, None]
+        products = torch.empty_like(states)  # of each state after a chunk with its gradient
+        torch.mul(states[1:], d_afters[:-1], out=products[:-1])
+        of_heads = products.unflatten(0, (len(after), -1))
+        torch.mul(after, d_state, out=of_heads[:, -1])
+        ends = products.sum(-1)[:, None]
         ends = ends if ends.shape[2] == d_sum.shape[2] else ends.sum(-1, keepdim=True)
-        if d_sum.shape[2] == 1:
-            torch.add(sums_from(d_sum), ends, out=d_decay)
-        else:
-            later = q.new_ones(q.shape[1], q.shape[1]).triu_().expand(len(q), -1, -1)
-            torch.baddbmm(ends, later, d_sum, out=d_decay)
-    return d_states[:, 0]
+        torch.add(sums_from_(d_sum), ends, out=d_decay)
+    return d_first
 
 
-def _hand_on(states: Tensor, total: Tensor, backwards: bool = False) -> Tensor:
-    """``states (heads, chunks + 1, K, V)``, the first and what each chunk adds, to all states.
+def _hand_on(
+    a: Tensor, b: Tensor, total: Tensor, first: Tensor, backwards: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The state before each chunk ``(heads * chunks, K, V)``, and the one behind the last.
 
-    ``total``: what each chunk leaves of a state. Backwards from the last to the first. One number a
-    chunk makes it a product with a small triangle; one for each channel a loop.
+    ``a @ b``: what each chunk adds; ``total``: what it leaves; ``first``: the state before all.
+    Backwards, chunks are walked from the last to the first. The state behind a chunk is the one
+    before the next: both are views of the same memory, one place apart.
     """
-    heads, count = len(states), states.shape[1]
-    totals = total.unflatten(0, (heads, -1))
-    if totals.shape[2] == 1 and TRIANGLE[0] <= count <= TRIANGLE[1]:
-        between = totals.new_zeros(heads, count, count)
-        between[:, 1:] = torch.where(_below(count, totals.device), totals[..., 0].log(), 0.0)
-        kept = decay_exp_(between.cumsum(1)).tril_()  # [i, j]: what chunks j to i - 1 leave
-        return torch.bmm(kept.mT if backwards else kept, states.flatten(2)).view(states.shape)
-    steps, each = states.unbind(1), totals.unbind(1)
-    if backwards:
-        steps, each = steps[::-1], each[::-1]
-    for before, after, left in zip(steps, steps[1:], each):
-        after.addcmul_(left, before)
-    return states
-
-
-@functools.cache
-def _below(count: int, device: torch.device) -> Tensor:
-    """``(count - 1, count)``: whether chunk i stands at or behind state j."""
-    return torch.ones(count - 1, count, dtype=torch.bool, device=device).tril()
-
-
-def _product_into(target: Tensor, a: Tensor, b: Tensor) -> None:
-    """``a @ b`` of chunks into ``target (heads, chunks, ...)``."""
-    if len(target) == 1:
-        torch.bmm(a, b, out=target[0])
-    else:
-        target.copy_(torch.bmm(a, b).view(target.shape))
+    memory = first.new_empty(len(a) + 1, *first.shape[1:])
+    behind, before = (memory[:-1], memory[1:]) if backwards else (memory[1:], memory[:-1])
+    torch.bmm(a, b, out=behind)
+    way, heads, state = -1 if backwards else 1, len(first), first
+    steps, lefts = (x.unflatten(0, (heads, -1)).unbind(1)[::way] for x in (behind, total))
+    for step, left in zip(steps, lefts, strict=True):
+        state = step.addcmul_(left, state)
+    last = state.clone()  # where it stood, the next head's first state belongs
+    before.unflatten(0, (heads, -1))[:, -1 if backwards else 0] = first
+    return before, last
 
 
 def _decay(q, k, log_decay, keep=False) -> ChunkDecay | StrongHeadDecay | NoDecay:
@@ -170,7 +150,8 @@ def _decay(q, k, log_decay, keep=False) -> ChunkDecay | StrongHeadDecay | NoDeca
 def _work(chunks: Tensor, heads: int) -> Iterator[tuple[slice, list[slice]]]:
     """Heads, and for each group of them slabs of chunks: whole heads, or parts of one."""
     count = len(chunks) // heads
-    each = max(1, SLAB // (chunks.shape[1] * chunks.shape[2]))  # chunks in a slab
+    slab = SLAB * torch.get_num_threads()
+    each = max(1, slab // (chunks.shape[1] * chunks.shape[2]))  # chunks in a slab
     group = min(heads, max(1, each // count))
     for first in range(0, heads, group):
         last = min(first + group, heads)

@@ -13,21 +13,21 @@ A decay for each channel cannot be pulled out of the sum over channels. Splittin
 ``exp(G_i - G_j)`` out costs ``C x C x K`` numbers. `ChunkDecay` halves the chunk: between the
 right and the left half the factor splits at the boundary m, ``exp(G_i - G_m) exp(G_m - G_j)``, both
 at most 1, and each half is done in the same way. It stops halving at blocks so short that a plain
-split at the block's end stays below ``exp(LARGEST)``; strong decays go down to single steps, where
-no positive number is exponentiated at all. The factors of the levels are running products. One
-decay for all channels goes the same way while a whole chunk is such a block; a stronger one is
+split at the block's start stays below ``exp(LARGEST)``; strong decays go down to single steps,
+where no positive number is exponentiated at all. The factors of the levels are running products.
+One decay for all channels goes the same way while a whole chunk is such a block; a stronger one is
 written out, `StrongHeadDecay`.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .decay_exp import decay_exp_
 
 LARGEST = 64.0  # exp(64), about 1e28, leaves float32 ten powers of ten for the numbers themselves
+RUN = 8  # rows that are summed within runs
 BY_HAND = 2  # blocks up to this wide are multiplied element by element: products cost more calls
 
 
@@ -36,26 +36,36 @@ class ChunkDecay:
 
     C is a power of two.
 
-    Within a block of ``width``, E its last step: ``write_j = k_j exp(G_E - G_j)``, at most ``k_j``,
-    and ``read_plain_i = q_i / exp(G_E - G_i)``, at most ``exp(LARGEST) q_i``.
+    Within a block of ``width``, F its first step: ``read_i = q_i exp(G_i - G_{F-1})``, at most
+    ``q_i``, and ``plain_j = k_j / exp(G_j - G_{F-1})``, at most ``exp(LARGEST) k_j``. A block of
+    one step multiplies ``q`` and ``k`` as they are, and its decay may be 0.
     """
 
     def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor, width: int, keep: bool = False):
         """``width`` of the blocks that are not halved (`plain_width`); ``keep`` for `pull`."""
         (N, C, K), blocks = q.shape, q.shape[1] // width
         g, queries, keys = (x.reshape(N * blocks, width, -1) for x in (log_decay, q, k))
-        later, all_of_it = sums_after(g)
-        self.factor, last = later.exp_(), all_of_it.exp_()
-        self.read_plain, write = queries / self.factor, keys * self.factor
-        pairs = (x.unflatten(0, (N, -1)) for x in (self.read_plain, write))
-        own = _outer(*pairs).tril_()
-        self.scores = own.view(N, C, C) if blocks == 1 else q.new_zeros(N, C, C)
-        if blocks > 1:
+        if width == 1:
+            factor = decay_exp_(g.clone())
+            pair, read, write = (queries, keys), queries * factor, keys.clone()
+        else:
+            factor = sums_until_(g.clone()).exp_()
+            pair = read, write = queries * factor, keys / factor
+        if blocks == 1 < width:
+            self.scores = torch.bmm(read, write.mT).tril_()
+        else:
+            self.scores = q.new_zeros(N, C, C)
+            own = _outer(*(x.view(N, blocks, width, K) for x in pair)).tril_()
             _blocks(self.scores, width, 1).copy_(own)
-        self.write_plain = write.clone() if keep and blocks > 1 else write
-        read = self.read_plain * last if keep else self.read_plain.mul_(last)
-        self.read, self.write, self.last = read.view(N, C, K), write.view(N, C, K), last
-        self.levels = self._halve(last.view(N, blocks, -1), width, keep)
+        total = factor[:, -1:].clone()
+        if keep:
+            self.q, self.k, self.factor, self.pair, self.width = q, k, factor, pair, width
+            if width > 1:
+                read, write = read.clone() if blocks > 1 else read, write * total
+        elif width > 1:
+            write *= total
+        self.read, self.write = read.view(N, C, K), write.view(N, C, K)
+        self.levels = self._halve(total.view(N, blocks, -1), width, keep)
 
     def _halve(self, total: Tensor, width: int, keep: bool) -> list[tuple[Tensor, ...]]:
         """From pairs of neighbouring blocks to blocks of twice the width, up to the chunk."""
@@ -88,14 +98,18 @@ class ChunkDecay:
             right += _product(block, left_was)
             left += _product(block.mT, right_was)
         block = _blocks(d_scores, width, 1)
-        d_q, d_k = (x.view(self.read_plain.shape) for x in (d_read, d_write))
-        d_q *= self.last
-        d_q += _product(block, self.write_plain.unflatten(0, (N, -1))).flatten(0, 1)
-        d_k += _product(block.mT, self.read_plain.unflatten(0, (N, -1))).flatten(0, 1)
-        d_sum = self.read_plain.mul_(d_q).sub_(self.write_plain.mul_(d_k))
-        d_q /= self.factor
-        d_k *= self.factor
-        d_sum = d_sum.view(d_read.shape)
+        queries, keys = (x.unflatten(0, (N, -1)) for x in self.pair)
+        d_q, d_k = (x.view(self.pair[0].shape) for x in (d_read, d_write))
+        if width == 1:
+            d_q *= self.factor
+        else:
+            d_k *= self.factor[:, -1:]
+        d_q += _product(block, keys).flatten(0, 1)
+        d_k += _product(block.mT, queries).flatten(0, 1)
+        if width > 1:
+            d_q *= self.factor
+            d_k /= self.factor
+        d_sum = (self.q * d_read).sub_(self.k * d_write)
         return d_sum if self.factor.shape[2] > 1 else d_sum.sum(-1, keepdim=True)
 
 
@@ -141,29 +155,39 @@ def plain_width(log_decay: Tensor, chunk: int) -> int:
     """The widest blocks in which no factor passes ``exp(LARGEST)``, by the strongest decay."""
     strongest = -log_decay.amin().item() if log_decay.numel() else 0.0
     width = chunk
-    while width > 1 and not (width - 1) * strongest <= LARGEST:
+    while width > 1 and not width * strongest <= LARGEST:
         width //= 2
     return width
 
 
-def sums_after(x: Tensor) -> tuple[Tensor, Tensor]:
-    """For ``x (N, C, K)``: the sum of the rows after each, and of all of them ``(N, 1, K)``.
+def sums_until_(x: Tensor) -> Tensor:
+    """``x (N, C, K)``, C a power of two, becomes the sums of each row and all before it."""
+    return _sums_(x, 1)
 
-    As a product, which is faster than `torch.cumsum` along an axis that is not the last.
+
+def sums_from_(x: Tensor) -> Tensor:
+    """``x (N, C, K)``, C a power of two, becomes the sums of each row and all after it."""
+    return _sums_(x, -1)
+
+
+def _sums_(x: Tensor, way: int) -> Tensor:
+    """Within runs of rows and then from run to run, for many at a time.
+
+    `torch.cumsum` along an axis that is not the last adds number by number: half as fast.
     """
     N, C, K = x.shape
-    if C == 1:  # may hold -inf, and 0 * -inf is NaN
-        return torch.zeros_like(x), x.clone()
-    if K == 1:
-        here = sums_from(x)
-        return F.pad(here[:, 1:], (0, 0, 0, 1)), here[:, :1].clone()
-    after = torch.bmm(x.new_ones(C, C).triu_(1).expand(N, -1, -1), x)
-    return after, after[:, :1] + x[:, :1]
-
-
-def sums_from(x: Tensor) -> Tensor:
-    """For one column, ``x (N, C, 1)``: the sum of each row and all that come after it."""
-    return x[..., 0].flip(1).cumsum(1).flip(1)[..., None]
+    runs = x.view(N, -1, min(RUN, C), K)
+    rows = runs.unbind(2)[::way]
+    for before, after in zip(rows, rows[1:]):
+        after += before
+    ends = rows[-1].unbind(1)[::way]
+    for before, after in zip(ends, ends[1:]):
+        after += before
+    if way > 0:
+        runs[:, 1:, :-1] += runs[:, :-1, -1:]
+    else:
+        runs[:, :-1, 1:] += runs[:, 1:, :1]
+    return x
 
 
 def _halves(x: Tensor, width: int) -> tuple[Tensor, ...]:

@@ -88,9 +88,11 @@ def test_strong_decays_stay_exact_in_float32(kind):
 
 def test_plain_split_never_passes_its_bound():
     g = random_inputs("vector", L=CHUNK, strongest=2.0)["log_decay"].flatten(0, 1)
-    ones = torch.ones_like(g)
-    here = ChunkDecay(ones, ones, g, plain_width(g, CHUNK), keep=True)
-    assert here.write_plain.max() <= 1 <= here.read_plain.max() <= torch.tensor(LARGEST).exp()
+    ones, width = torch.ones_like(g), plain_width(g, CHUNK)
+    assert 1 < width < CHUNK
+    here = ChunkDecay(ones, ones, g, width, keep=True)
+    read, plain = here.pair
+    assert read.max() <= 1 <= plain.max() <= torch.tensor(LARGEST).exp()
     assert (
         here.read.max() <= 1 and here.write.max() <= 1 and here.scores.max() <= g.shape[-1] + 1e-9
     )

@@ -2,8 +2,9 @@
 
 Compiled contestants are what a user would write from the papers. ``split``: decays as ``exp(G)``
 and ``exp(-G)`` within chunks of 64, which overflows from a log-decay of about -1.4 a step on; the
-decays here are mild enough for it. ``any decay``: ``exp(G_i - G_j)`` written out for all pairs of
-a chunk, which never overflows, as corelib does not (Mamba-2's listing; one decay a head only).
+decays here are mild enough for it. ``any decay`` never overflows, as corelib does not: one decay a
+head is written out for all pairs of a chunk (Mamba-2's listing), one for each channel for the pairs
+of 16 steps and split at the boundaries of these (the two levels of Gated Linear Attention).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...linear_time.lightning2 import decay_slopes, lightning_attn, lightning_block
@@ -50,6 +52,26 @@ def _any_decay(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int = 
     return _over_chunks(q @ k.mT * between.exp(), q, k, v, sums)
 
 
+def _any_channel_decay(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int = 64, block: int = 16
+) -> Tensor:
+    """The same for a decay for each channel, in two levels."""
+    q, k, v, sums = _in_chunks(q, k, v, log_decay, chunk)
+    above, rows = torch.ones(block, block, dtype=torch.bool).triu(1)[..., None], []
+    for at in range(0, chunk, block):
+        qs, ks, own = (x[..., at : at + block, :] for x in (q, k, sums))
+        earlier, past = (x[..., :at, :] for x in (k, sums))
+        between = own[..., :, None, :] - own[..., None, :, :]
+        between = between.masked_fill(above, float("-inf")).exp()
+        row = (qs[..., :, None, :] * ks[..., None, :, :] * between).sum(-1)
+        if at:
+            edge = past[..., -1:, :]
+            outer = (qs * (own - edge).exp()) @ (earlier * (edge - past).exp()).mT
+            row = torch.cat([outer, row], -1)
+        rows.append(F.pad(row, (0, chunk - block - at)))
+    return _over_chunks(torch.cat(rows, -2), q, k, v, sums)
+
+
 def _in_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int) -> list[Tensor]:
     if log_decay.dim() == 3:
         log_decay = log_decay[..., None]
@@ -87,15 +109,14 @@ def _fla(vector: bool) -> Callable | Missing:
 
 
 def _contestants(inputs: list[Tensor], vector: bool) -> dict[str, Callable | Missing]:
-    contestants = {
+    any_decay = _any_channel_decay if vector else _any_decay
+    return {
         "corelib": _form("chunked"),
         "step by step": _form("recurrent"),
         "compiled by hand, split": _compiled(_split, *inputs),
+        "compiled by hand, any decay": _compiled(any_decay, *inputs),
         "fla naive": _fla(vector),
     }
-    if not vector:
-        contestants["compiled by hand, any decay"] = _compiled(_any_decay, *inputs)
-    return contestants
 
 
 def _race(vector: bool, quick: bool) -> Iterator[Row]:
