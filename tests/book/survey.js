@@ -9,6 +9,20 @@ async () => {
   found.broken_images = [...document.images].filter((i) => i.complete && !i.naturalWidth).map((i) => i.src);
   found.without_alt = [...document.querySelectorAll(".bd-article img")].filter((i) => !i.alt).length;
 
+  // A slider that is moved must change its figure.
+  found.sliders = 0;
+  found.dead_sliders = [];
+  for (const explorer of document.querySelectorAll(".explore")) {
+    for (const slider of explorer.querySelectorAll("input[type=range]")) {
+      const before = explorer.querySelector("img").src;
+      if (slider.value === slider.max) slider.stepDown();
+      else slider.stepUp();
+      slider.dispatchEvent(new Event("input", { bubbles: true }));
+      if (explorer.querySelector("img").src === before) found.dead_sliders.push(String(found.sliders));
+      found.sliders += 1;
+    }
+  }
+
   // Contrast of every visible piece of text with what is painted behind it, in dark mode.
   document.documentElement.dataset.theme = "dark";
   document.documentElement.dataset.mode = "dark";
