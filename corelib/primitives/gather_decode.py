@@ -99,7 +99,11 @@ def gather_decode(
     keys, values = (take_rows(x, listed).to(wide) for x in (k, v))
     if padding is not None:  # whatever lies at position 0 must not reach a gradient
         keys, values = (x.masked_fill(padding.mT, 0.0) for x in (keys, values))
-    out, lse = _attend(q.reshape(B, U, H // U * L, D).to(wide), keys, values, padding, scale)
+    rows = q.reshape(B, U, H // U * L, D).to(wide)
+    if padding is None and not return_lse:
+        out = F.scaled_dot_product_attention(rows, keys, values, scale=scale)
+        return out.reshape(B, H, L, V).to(q.dtype)
+    out, lse = _attend(rows, keys, values, padding, scale)
     out, lse = out.reshape(B, H, L, V).to(q.dtype), lse.reshape(B, H, L)
     return (out, lse) if return_lse else out
 

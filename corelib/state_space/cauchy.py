@@ -31,7 +31,7 @@ Poles = Complex[Tensor, "C P"]
 Frequencies = Float[Tensor, " K"]
 Sums = Complex[Tensor, "M C K"]
 
-CACHED = 1 << 15  # numbers in one temporary: an eighth of a megabyte in float32
+CACHED = 1 << 17  # numbers in one temporary: half a megabyte in float32
 
 
 def cauchy_sums_reference(

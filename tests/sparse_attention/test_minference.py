@@ -172,7 +172,7 @@ def test_the_prompt_decides_where_not_the_sample():
 def test_the_raced_sizes_hold_the_raced_heads():
     """Beyond the short prompts of ``--quick``, which hold in heads whose lines thin out."""
     q, k, v = planted_heads(raced.KINDS, 2048, **raced.PLANTED)[:3]
-    out = minference_attention(q, k, v, raced.patterns_for(2048), **raced.OPTIONS)
+    out = minference_attention(q, k, v, raced.PATTERNS, **raced.OPTIONS)
     raced.close(out, F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0))
 
 

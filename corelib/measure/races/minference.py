@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ...primitives.block_scores import relative_error
 from ...sparse_attention.minference import (
-    Pattern,
     a_shape,
     block_sparse,
     minference_attention,
@@ -34,11 +33,8 @@ PLANTED = dict(D=128, strength=12.0, distances=2)
 #: Scores are planted for a scale of 1; few ends come before other lines, the prompts are short.
 OPTIONS = dict(scale=1.0, forced=(4, 16))
 
-
-def patterns_for(L: int) -> list[Pattern]:
-    """Sizes that hold the planted patterns at every length: columns and slashes do not grow."""
-    lines = vertical_slash(16, 24)
-    return [a_shape(16, 256), lines, block_sparse(max(4, 3 * L // 512)), lines]
+#: A shape for each of `KINDS`. They hold the planted patterns at every length: none grows with it.
+PATTERNS = [a_shape(16, 256), vertical_slash(16, 24), block_sparse(12), vertical_slash(16, 24)]
 
 
 def close(result: Tensor, dense: Tensor) -> None:
@@ -54,9 +50,8 @@ def minference_prefill(quick: bool) -> Iterator[Row]:
 
     def contestants(L: int) -> dict[str, Callable | Missing]:
         q, k, v = planted_heads(KINDS, L, **PLANTED)[:3]
-        patterns = patterns_for(L)
         return {
-            "corelib": lambda: minference_attention(q, k, v, patterns, **OPTIONS),
+            "corelib": lambda: minference_attention(q, k, v, PATTERNS, **OPTIONS),
             "torch, dense": lambda: F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=1.0
             ),
@@ -73,7 +68,7 @@ def minference_prefill(quick: bool) -> Iterator[Row]:
 @register("minference-shapes", "each shape alone at 8192 tokens, against dense attention")
 def minference_shapes(quick: bool) -> Iterator[Row]:
     L = 512 if quick else 8192
-    for kind, pattern in zip(KINDS[:3], patterns_for(L)[:3], strict=True):
+    for kind, pattern in zip(KINDS[:3], PATTERNS[:3], strict=True):
         q, k, v = planted_heads([kind] * 4, L, **PLANTED)[:3]
         result = race(
             {
