@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._flash import backward_op, forward_op
-from .cpu_attention import _widen, _with_lse_columns
+from .cpu_attention import _widen, _with_lse_columns, with_gradients
 from .merge import merge_partials
 
 GATHERED = 1 << 18  # numbers of the keys of one chunk: a megabyte in float32
@@ -67,28 +66,7 @@ def gathered_attention(
 
     Rows that see no key are zeros with ``lse = -inf``. Gradients flow through both.
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return _Gathered.apply(q, k, v, chunks, scale)
-    return _forward(q, k, v, chunks, scale)
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, chunks, scale):
-        out, lse = _forward(q, k, v, chunks, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.chunks, ctx.scale = chunks, scale
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        q, k, v, out, lse = ctx.saved_tensors
-        if grad_out is None and grad_lse is None:
-            return None, None, None, None, None
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        return *_backward(grad_out, grad_lse, q, k, v, out, lse, ctx.chunks, ctx.scale), None, None
+    return with_gradients(_forward, _backward, q, k, v, chunks, scale)
 
 
 def _gather(x: Tensor, units: Tensor, buffer: Tensor | None = None) -> Tensor:

@@ -14,6 +14,8 @@ right one, and the zeros in that column of ``v`` keep everything else as it was.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,17 +39,26 @@ def cpu_attention(
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of checked CPU tensors in the layout and by the rules of ``attention``."""
     groups = plan(q.shape[2], k.shape[2], causal=causal, window=window, sinks=sinks)
+    return with_gradients(_forward, _backward, q, k, v, groups, scale)
+
+
+def with_gradients(forward: Callable, backward: Callable, q, k, v, work, scale):
+    """``forward(q, k, v, work, scale)``, an ``(out, lse)`` through which gradients flow.
+
+    ``backward(grad_out, grad_lse, q, k, v, out, lse, work, scale)`` makes those of ``q, k, v``;
+    ``grad_lse`` may be None.
+    """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _CPUAttention.apply(q, k, v, groups, scale)
-    return _forward(q, k, v, groups, scale)
+        return _Attention.apply(forward, backward, q, k, v, work, scale)
+    return forward(q, k, v, work, scale)
 
 
-class _CPUAttention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, groups, scale):
-        out, lse = _forward(q, k, v, groups, scale)
+    def forward(ctx, forward, backward, q, k, v, work, scale):
+        out, lse = forward(q, k, v, work, scale)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.groups, ctx.scale = groups, scale
+        ctx.run, ctx.work, ctx.scale = backward, work, scale
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -55,12 +66,11 @@ class _CPUAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
         q, k, v, out, lse = ctx.saved_tensors
-        if grad_out is None and grad_lse is None:
-            return None, None, None, None, None
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        grads = _backward(grad_out, grad_lse, q, k, v, out, lse, ctx.groups, ctx.scale)
-        return *grads, None, None
+        grads = None, None, None
+        if grad_out is not None or grad_lse is not None:
+            grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+            grads = ctx.run(grad_out, grad_lse, q, k, v, out, lse, ctx.work, ctx.scale)
+        return None, None, *grads, None, None
 
 
 def _forward(

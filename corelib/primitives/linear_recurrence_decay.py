@@ -63,7 +63,7 @@ class ChunkDecay:
             if width > 1:
                 read, write = read.clone() if blocks > 1 else read, write * total
         elif width > 1:
-            write *= total
+            write *= total  # in place: only `pull` wants the plain keys
         self.read, self.write = read.view(N, C, K), write.view(N, C, K)
         self.levels = self._halve(total.view(N, blocks, -1), width, keep)
 
