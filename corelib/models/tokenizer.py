@@ -19,57 +19,43 @@ import functools
 import heapq
 import json
 import pathlib
-import re
 from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ..tokenization.shared import BPE, WORDS, join_pair
+
 SHIPPED = pathlib.Path(__file__).parent / "tokenizer.json"
 SPECIAL = ("<|doc|>", "<|mask|>", "<|ask|>", "<|pad|>")
-PIECES = re.compile(rb" ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
 
 
 class Tokenizer:
     """``merges``: pairs of ids, in the order learnt; ``special``: names of the last ids."""
 
     def __init__(self, merges: Sequence[Sequence[int]], special: Sequence[str] = SPECIAL):
-        self.merges = [(int(a), int(b)) for a, b in merges]
-        self.special = tuple(special)
-        self.rank = {pair: n for n, pair in enumerate(self.merges)}
-        self.bytes = [bytes([n]) for n in range(256)]
-        for a, b in self.merges:
-            self.bytes.append(self.bytes[a] + self.bytes[b])
-        self.bytes += [b""] * len(self.special)
+        plain = BPE(merges, WORDS)
+        self.merges, self.special = plain.merges, tuple(special)
+        self.bytes = plain.bytes[: plain.end] + [b""] * len(self.special)
         self.vocab = len(self.bytes)
         self.special_ids = {s: self.vocab - len(special) + n for n, s in enumerate(special)}
         self.doc, self.mask, self.ask, self.pad = (self.special_ids.get(s, -1) for s in SPECIAL)
-        self._piece_ids = functools.lru_cache(maxsize=200_000)(self._encode_piece)
+        self._ids_of_piece = functools.lru_cache(maxsize=200_000)(
+            lambda piece: tuple(plain.merged(list(piece)))
+        )
 
     @property
     def n_plain(self) -> int:
         """How many ids stand for bytes; the special ones come behind."""
         return self.vocab - len(self.special)
 
-    def _encode_piece(self, piece: bytes) -> tuple[int, ...]:
-        ids = list(piece)
-        while len(ids) > 1:
-            ranks = [
-                self.rank.get(pair, len(self.rank)) for pair in zip(ids, ids[1:], strict=False)
-            ]
-            best = min(ranks)
-            if best == len(self.rank):
-                break
-            ids = _merge(ids, self.merges[best], 256 + best)
-        return tuple(ids)
-
     def encode(self, text: str | bytes) -> list[int]:
         """The ids of ``text`` (a string is taken as UTF-8). Special tokens are never produced."""
         if not isinstance(text, (str, bytes)):
             raise TypeError(f"text: expected str or bytes, got {type(text).__name__}")
         data = text.encode("utf-8") if isinstance(text, str) else text
-        return [i for piece in PIECES.findall(data) for i in self._piece_ids(piece)]
+        return [i for piece in WORDS.split(data) for i in self._ids_of_piece(piece)]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that ``ids`` stand for; special tokens stand for none."""
@@ -94,25 +80,12 @@ class Tokenizer:
         pathlib.Path(path).write_text(f"{head}\n{pairs}\n]}}\n")
 
 
-def _merge(ids: Sequence[int], pair: tuple[int, int], new: int) -> list[int]:
-    """``ids`` with every occurrence of ``pair``, from the left, replaced by ``new``."""
-    out, n = [], 0
-    while n < len(ids):
-        if n + 1 < len(ids) and ids[n] == pair[0] and ids[n + 1] == pair[1]:
-            out.append(new)
-            n += 2
-        else:
-            out.append(ids[n])
-            n += 1
-    return out
-
-
 def train_bpe(texts: Iterable[str], vocab: int, special: Sequence[str] = SPECIAL) -> Tokenizer:
     """Learn ``vocab - 256 - len(special)`` merges; ties go to the pair with the smaller ids."""
     wanted = vocab - 256 - len(special)
     if wanted < 0:
         raise ValueError(f"vocab: expected at least {256 + len(special)}, got {vocab}")
-    counts = collections.Counter(p for text in texts for p in PIECES.findall(text.encode("utf-8")))
+    counts = collections.Counter(p for text in texts for p in WORDS.split(text.encode("utf-8")))
     words = [list(piece) for piece in counts]
     weight = list(counts.values())
     pairs: dict[tuple[int, int], int] = collections.Counter()
@@ -141,7 +114,7 @@ def _apply(pair, new, words, weight, pairs, where) -> set[tuple[int, int]]:
     changed: set[tuple[int, int]] = set()
     for w in where.pop(pair):
         old = words[w]
-        words[w] = _merge(old, pair, new)
+        words[w] = join_pair(old, pair, new)
         for p in zip(old, old[1:], strict=False):
             pairs[p] -= weight[w]
             changed.add(p)

@@ -192,9 +192,10 @@ class BPE(Vocabulary):
         self.rank = {pair: n for n, pair in enumerate(self.merges)}
 
     def encode(self, text: bytes) -> list[int]:
-        return [i for piece in self.boundary.split(text) for i in self._merged(list(piece))]
+        return [i for piece in self.boundary.split(text) for i in self.merged(list(piece))]
 
-    def _merged(self, ids: list[int]) -> list[int]:
+    def merged(self, ids: list[int]) -> list[int]:
+        """The ids of one piece, given as its bytes."""
         while len(ids) > 1:
             pairs = zip(ids, ids[1:], strict=False)
             rank, pair = min((self.rank.get(pair, math.inf), pair) for pair in pairs)

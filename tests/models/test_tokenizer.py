@@ -68,10 +68,10 @@ def naive_bpe(words, wanted):
 def test_training_agrees_with_counting_afresh():
     from collections import Counter
 
-    from corelib.models.tokenizer import PIECES
+    from corelib.tokenization.shared import WORDS
 
     text = documents("shakespeare", "valid")["tempest.txt"][:6000]
-    words = Counter(PIECES.findall(text.encode()))
+    words = Counter(WORDS.split(text.encode()))
     fast = train_bpe([text], 256 + 60 + len(SPECIAL)).merges
     assert fast == naive_bpe(words, 60)
 

@@ -82,12 +82,19 @@ def test_unigram_is_the_best_of_all_segmentations(text):
     assert found == pytest.approx(best, abs=1e-12)
 
 
-def test_bpe_is_the_shipped_tokenizer():
+def test_bpe_applies_the_merges_in_the_order_learnt():
+    """Against the definition: every merge in turn, by a pattern over ids written as characters."""
     shipped = load_tokenizer()
     kit = BPE(shipped.merges, WORDS)
     for corpus in ("shakespeare", "python"):
-        text = next(iter(documents(corpus, "test").values())).encode()[:3000]
-        assert kit.encode(text) == shipped.encode(text)
+        text = next(iter(documents(corpus, "test").values())).encode()[:1500]
+        ids = []
+        for piece in WORDS.split(text):
+            word = "".join(map(chr, piece))
+            for new, (a, b) in enumerate(shipped.merges, 256):
+                word = word.replace(chr(a) + chr(b), chr(new))
+            ids += map(ord, word)
+        assert kit.encode(text) == shipped.encode(text) == ids
     assert kit.bytes[: kit.end] == shipped.bytes[: shipped.n_plain]
 
 
