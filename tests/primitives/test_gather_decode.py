@@ -34,6 +34,14 @@ def random_inputs(B=2, H=4, G=2, L=1, S=21, D=8, V=6, U=None, n=9, seed=0, dtype
     return q, k, v, indices
 
 
+def without_padding(U=None, S=21, n=9, **sizes):
+    """As `random_inputs`, but every entry of the lists is a position."""
+    q, k, v, indices = random_inputs(U=U, S=S, n=n, **sizes)
+    generator = torch.Generator().manual_seed(1)
+    full = [torch.randperm(S, generator=generator)[:n] for _ in range(indices[..., 0].numel())]
+    return q, k.nan_to_num(0.5), v.nan_to_num(0.5), torch.stack(full).view_as(indices)
+
+
 def visible(indices, G, S, heads):
     """``(B, heads, S)``: which positions a list names."""
     B, U, _ = indices.shape
@@ -61,6 +69,20 @@ CASES = {
     "all keys": dict(n=21),
     "odd sizes": dict(B=1, H=6, G=3, S=63, D=5, V=11, n=33),
 }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_full_lists_take_the_short_way(case):
+    """Without padding and log-sum-exp it is PyTorch's attention over the rows; gradients too."""
+    q, k, v, indices = without_padding(**CASES[case])
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    for scale in (None, 0.3):
+        out = gather_decode(*inputs, indices, scale=scale)
+        long_way = gather_decode(*inputs, indices, scale=scale, return_lse=True)[0]
+        torch.testing.assert_close(out, by_torch(*inputs, indices, scale), **EXACT)
+        seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
+        got, wanted = (torch.autograd.grad(x, inputs, seed) for x in (out, long_way))
+        torch.testing.assert_close(got, wanted, **EXACT)
 
 
 @pytest.mark.parametrize("form", FORMS)
